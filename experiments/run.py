@@ -1,0 +1,46 @@
+"""Trains one configuration: `python -m experiments.run --config=configs/quickstart.py --workdir=W`.
+
+Every field can be overridden: `--config.method.sparsity=0.95 --config.steps=500`. The same command resumes an
+interrupted run. On several devices add `--mesh=data:4,model:2`; on several processes also `--coordinator`,
+`--num_processes` and `--process_id`.
+
+Exit codes: 0 finished or stopped by SIGTERM, 1 the loss is not finite, 2 a mistake in the arguments, 130 Ctrl-C.
+"""
+
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sparsejax import training
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, for example configs/quickstart.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run; the same folder resumes it.")
+_MESH = flags.DEFINE_string("mesh", None, "Devices, for example data:4,model:2; one device if not given.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar and the summary.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.")
+_PROCESSES = flags.DEFINE_integer("num_processes", 1, "How many processes train together.")
+_PROCESS = flags.DEFINE_integer("process_id", 0, "The number of this process, from 0.")
+
+
+def main(arguments):
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected argument {arguments[1]!r}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    try:
+        training.run(_CONFIG.value, _WORKDIR.value, mesh=_MESH.value, progress=_PROGRESS.value)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,230 @@
+"""What a sparse model costs: parameters, multiply-adds, FLOPs of inference and training, bytes.
+
+A multiply-add (MAC) is 2 FLOPs. Only the products with kernels are counted, as in the papers: not biases,
+norms, activations, nor attention's products of activations with each other. A kernel at density d costs d
+times its dense MACs: this is the cost of the arithmetic, not a promise of speed.
+
+Training is counted as the RigL paper does (Evci et al. 2020, appendix H): the backward pass costs twice the
+forward pass (gradients of the inputs and of the weights). With f_D and f_S the dense and the sparse forward
+FLOPs, a step costs
+
+  dense                          3 f_D
+  fixed masks, SET               3 f_S
+  gradual and one-shot pruning   3 f_S at the density of that step; over a run, at the mean density
+  SNFS                           2 f_S + f_D               (the dense weight gradient at every step)
+  RigL                           (3 f_S dT + 2 f_S + f_D) / (dT + 1)      (dense once every dT steps)
+
+One-off costs (the scores of SNIP, GraSP or SynFlow: a few dense batches) are negligible and left out.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen
+
+from sparsejax.masks import INCLUDE, choose, flatten, is_sparsified, matches
+
+# --- multiply-adds -----------------------------------------------------------------------------------
+
+
+def _dense(layer, kernel, inputs, output) -> int:
+    axes = getattr(layer, "axis", -1)
+    axes = (axes,) if isinstance(axes, int) else axes
+    return output.size * math.prod(inputs.shape[axis] for axis in axes)
+
+
+def _conv(layer, kernel, inputs, output) -> int:
+    return output.size * math.prod(kernel.shape[:-1])
+
+
+def _conv_local(layer, kernel, inputs, output) -> int:
+    return output.size * kernel.shape[-2]
+
+
+def _conv_transpose(layer, kernel, inputs, output) -> int:
+    positions = inputs.size // inputs.shape[-1]
+    return positions * kernel.size
+
+
+def _attend(layer, kernel, inputs, output) -> int:
+    return output.size * layer.features
+
+
+# How many MACs one call of a layer does: f(layer, kernel, inputs, output) on shapes, for the whole batch.
+# The first class that the layer is an instance of decides; add your own layers here.
+COUNTERS = {
+    linen.Dense: _dense,
+    linen.DenseGeneral: _dense,
+    linen.Conv: _conv,
+    linen.ConvLocal: _conv_local,
+    linen.ConvTranspose: _conv_transpose,
+    linen.Embed: _attend,
+}
+# The calls that multiply by a parameter, as (method, leaf); a lookup in an embedding costs nothing.
+COUNTED = (("__call__", "kernel"), ("attend", "embedding"))
+
+
+def layer_macs(model: linen.Module, variables, *example_inputs, **kwargs) -> dict[str, int]:
+    """Dense multiply-adds per example of every kernel of a linen model, by path name.
+
+    The model is traced with shapes only; nothing is computed. A layer called several times counts each
+    time, one that is never called counts zero, an embedding counts zero for lookups and its products in
+    `attend`. Inside `nn.scan` or `nn.vmap` a layer is traced, and so counted, once.
+
+    Args:
+      model: any linen module, of stock layers or ours.
+      variables: its variables, or their `jax.ShapeDtypeStruct`s; `masks` among them are ignored.
+      *example_inputs: inputs as for `model.apply`, arrays or `jax.ShapeDtypeStruct`s; the leading axis of the
+        first is the batch.
+      **kwargs: keywords of the call, for example `train=False`.
+
+    Returns:
+      `{path: MACs}` for the parameters with two or more axes called `*kernel` or `*embedding`.
+
+    Raises:
+      ValueError: if such a parameter belongs to a called layer of a type that is not in `COUNTERS`.
+    """
+    macs = {
+        name: 0
+        for name, leaf in flatten(variables["params"]).items()
+        if len(leaf.shape) >= 2 and matches(name, INCLUDE)
+    }
+    batch = example_inputs[0].shape[0]
+
+    def intercept(call, args, kw, context):
+        output = call(*args, **kw)
+        layer, path = context.module, "/".join(context.module.path)
+        for name in macs:
+            owner, _, leaf = name.rpartition("/")
+            if owner == path and (context.method_name, leaf) in COUNTED:
+                inputs = next(iter((*args, *kw.values())))
+                macs[name] += _counter(layer, name)(layer, layer.get_variable("params", leaf), inputs, output)
+        return output
+
+    def forward(variables, *inputs):
+        return model.apply(variables, *inputs, mutable=True, **kwargs)
+
+    with linen.intercept_methods(intercept):
+        jax.eval_shape(forward, {k: v for k, v in variables.items() if k != "masks"}, *example_inputs)
+    return {name: count // batch for name, count in macs.items()}
+
+
+def _counter(layer, name):
+    for kind, counter in COUNTERS.items():
+        if isinstance(layer, kind):
+            return counter
+    raise ValueError(
+        f"cannot count the MACs of {name}: its layer {type(layer).__name__} is none of "
+        f"{', '.join(kind.__name__ for kind in COUNTERS)}; add it to sparsejax.flops.COUNTERS"
+    )
+
+
+# --- FLOPs -------------------------------------------------------------------------------------------
+
+
+def inference_flops(macs: Mapping[str, int], densities: Mapping[str, float] | None = None) -> float:
+    """FLOPs of one example's forward pass.
+
+    Args:
+      macs: dense MACs by path, from `layer_macs`.
+      densities: fraction of kept weights by path, for the sparsified kernels (`sparsejax.masks.densities`);
+        None, or a path left out, means dense. Paths without MACs of their own (a masked bias) cost nothing.
+
+    Raises:
+      ValueError: if no path of a non-empty `densities` is in `macs`: they belong to another model.
+    """
+    densities = densities or {}
+    if densities and not macs.keys() & densities.keys():
+        raise ValueError(
+            f"the densities are of {', '.join(densities)} but the model's kernels are {', '.join(macs)}"
+        )
+    return 2.0 * sum(count * densities.get(name, 1.0) for name, count in macs.items())
+
+
+def _rigl(dense: float, sparse: float, update_every: int) -> float:
+    return (3 * sparse * update_every + 2 * sparse + dense) / (update_every + 1)
+
+
+TRAINING = {
+    "dense": lambda dense, sparse, update_every: 3 * dense,
+    "fixed": lambda dense, sparse, update_every: 3 * sparse,
+    "one_shot": lambda dense, sparse, update_every: 3 * sparse,
+    "gradual": lambda dense, sparse, update_every: 3 * sparse,
+    "set_": lambda dense, sparse, update_every: 3 * sparse,
+    "rigl": _rigl,
+    "snfs": lambda dense, sparse, update_every: 2 * sparse + dense,
+}
+
+
+def training_flops(method: str, dense: float, sparse: float, *, update_every: int = 100) -> float:
+    """FLOPs of one example's training step, averaged over a mask interval (see the module's table).
+
+    It is linear in `sparse`: for a density that changes over a run, pass the mean over its steps.
+
+    Args:
+      method: a key of `TRAINING`, the name of the transform.
+      dense, sparse: forward FLOPs of an example at full and at the current density (`inference_flops`).
+      update_every: steps between two mask updates (dT).
+
+    Raises:
+      ValueError: for an unknown method or an interval below 1.
+    """
+    if update_every < 1:
+        raise ValueError(f"update_every={update_every} must be at least 1")
+    return float(choose("method", method, TRAINING)(dense, sparse, update_every))
+
+
+def training_flops_ratio(method: str, dense: float, sparse: float, *, update_every: int = 100) -> float:
+    """`training_flops` as a fraction of dense training, 3 f_D."""
+    return training_flops(method, dense, sparse, update_every=update_every) / (3.0 * dense)
+
+
+# --- parameters and bytes ----------------------------------------------------------------------------
+
+
+def parameters(params, masks=None) -> tuple[int, int]:
+    """The number of parameters and how many of them the masks keep (all, without masks)."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    if masks is None:
+        return total, total
+    kept = jax.tree.map(_kept, params, masks)
+    return total, sum(jax.tree.leaves(kept))
+
+
+def bytes_dense(params) -> int:
+    """Bytes of the parameters as they are."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(params))
+
+
+def bytes_packed(params, masks) -> int:
+    """Bytes of the parameters when every sparsified leaf takes the smallest of three formats.
+
+    With N entries of b bytes of which k are kept, and the leaf seen as a matrix of R rows by C columns (C is
+    its last axis):
+
+      dense    N b
+      bitmap   k b + ceil(N / 8)
+      CSR      k b + k i + 4 (R + 1), with column indices of i = 2 bytes if C <= 65536, else 4
+    """
+    return sum(jax.tree.leaves(jax.tree.map(_packed_bytes, params, masks)))
+
+
+def _packed_bytes(leaf: Any, mask: Any) -> int:
+    if not is_sparsified(mask):
+        return _bytes(leaf)
+    kept, columns = _kept(leaf, mask), leaf.shape[-1]
+    values = kept * np.dtype(leaf.dtype).itemsize
+    bitmap = values + math.ceil(leaf.size / 8)
+    csr = values + kept * (2 if columns <= 2**16 else 4) + 4 * (leaf.size // columns + 1)
+    return min(_bytes(leaf), bitmap, csr)
+
+
+def _bytes(leaf) -> int:
+    return leaf.size * np.dtype(leaf.dtype).itemsize
+
+
+def _kept(leaf, mask) -> int:
+    return int(np.count_nonzero(np.asarray(mask))) if is_sparsified(mask) else leaf.size

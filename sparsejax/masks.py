@@ -1,0 +1,202 @@
+"""Masks: pytrees with exactly the structure of the parameters.
+
+A sparsified leaf of a mask tree is a bool array of the parameter's shape (or a float array in [0, 1]
+for soft masks); every other leaf is the scalar `True`. Because the structures always match,
+`jax.tree.map(f, params, masks)` always works, inside and outside `jax.jit`.
+
+Leaves are named by their path, for example `Dense_0/kernel`; rules on paths are shell patterns
+(`fnmatch`, where `*` also crosses `/`).
+"""
+
+import difflib
+import fnmatch
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Masks = Any
+INCLUDE = ("*kernel", "*embedding")
+
+
+@jax.custom_jvp
+def mask_weight(weight, mask):
+    """`weight * mask` whose derivative with respect to `weight` is the identity.
+
+    The gradient that reaches `weight` is therefore the one of the *masked* weight, also where the mask
+    is zero. Growth criteria and straight-through estimators need this dense gradient; methods that must
+    not see it mask it in their `update`.
+
+    Args:
+      weight: array of any shape and float dtype.
+      mask: scalar (returned unchanged), bool array of the same shape, or float array in [0, 1].
+    """
+    if jnp.ndim(mask) == 0:
+        return weight
+    if jnp.result_type(mask) == jnp.bool_:
+        return jnp.where(mask, weight, jnp.zeros_like(weight))
+    return weight * mask.astype(weight.dtype)
+
+
+@mask_weight.defjvp
+def _mask_weight_jvp(primals, tangents):
+    weight, mask = primals
+    weight_dot, mask_dot = tangents
+    if jnp.ndim(mask) > 0 and jnp.result_type(mask) != jnp.bool_:
+        weight_dot = weight_dot + weight * mask_dot.astype(weight.dtype)
+    return mask_weight(weight, mask), weight_dot
+
+
+def apply_masks(params, masks):
+    """The parameters as the model sees them: zero wherever a mask is zero.
+
+    Differentiating through it gives the gradient with respect to the masked weights (see `mask_weight`).
+    """
+    return jax.tree.map(mask_weight, params, masks)
+
+
+def dense_masks(params) -> Masks:
+    """Masks that sparsify nothing: the scalar `True` for every leaf."""
+    return jax.tree.map(lambda _: jnp.asarray(True), params)
+
+
+def is_sparsified(mask) -> bool:
+    """Whether a mask leaf belongs to a sparsified parameter (the scalar `True` marks a dense one)."""
+    return jnp.ndim(mask) > 0
+
+
+def get_masks(opt_state) -> Masks:
+    """The masks held by a sparsejax transform, wherever it sits in an Optax state.
+
+    Raises:
+      ValueError: if the state holds no masks, or those of more than one transform.
+    """
+    return get_field(opt_state, "masks")
+
+
+def get_field(opt_state, name: str):
+    """The field `name` of the only NamedTuple in `opt_state` that has it (masks, fired, count ...)."""
+    found = [
+        value
+        for path, value in optax.tree_utils.tree_get_all_with_path(opt_state, name)
+        if isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"the optimizer state holds {len(found)} fields named {name!r} instead of one; "
+            "it must come from exactly one sparsejax transform"
+        )
+    return found[0]
+
+
+# --- paths -------------------------------------------------------------------------------------------
+
+
+def path_name(path) -> str:
+    """`Dense_0/kernel` for the key path of a leaf."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree) -> dict[str, Any]:
+    """The leaves of a tree by path name, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_with_name(function, tree, *rest):
+    """`jax.tree.map` whose function first receives the leaf's path name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+    )
+
+
+def matches(name: str, rules: Iterable[str]) -> bool:
+    """Whether a path name matches one of the shell patterns in `rules`."""
+    return any(fnmatch.fnmatchcase(name, rule) for rule in rules)
+
+
+def choose(kind: str, name: str, known: Mapping[str, Any] | Iterable[str]):
+    """`known[name]`, or one sentence that lists the known names and suggests the nearest."""
+    names = sorted(known)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+    return known[name] if isinstance(known, Mapping) else name
+
+
+def check_sparsity(sparsity, what: str = "sparsity") -> float:
+    """The sparsity as a float, or a ValueError that names the value and its range."""
+    if isinstance(sparsity, numbers.Real) and not isinstance(sparsity, bool) and 0 <= sparsity < 1:
+        return float(sparsity)
+    raise ValueError(f"{what} must be in [0, 1), got {sparsity}")
+
+
+def sparsifiable(params, include: Iterable[str] = INCLUDE, exclude: Iterable[str] = ()) -> dict[str, Any]:
+    """The leaves that a rule selects, by path name: two or more axes, included and not excluded.
+
+    Args:
+      params: the parameters, or any tree of the same structure with `.shape` leaves.
+      include, exclude: shell patterns on path names.
+
+    Raises:
+      ValueError: if nothing is selected, or a pattern that names leaves matches none.
+    """
+    include, exclude = _rules(include), _rules(exclude)
+    leaves = flatten(params)
+    for rule in exclude:
+        if not any(matches(name, (rule,)) for name in leaves):
+            raise ValueError(f"exclude rule {rule!r} matches no parameter (parameters: {', '.join(leaves)})")
+    chosen = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if len(leaf.shape) >= 2 and matches(name, include) and not matches(name, exclude)
+    }
+    if not chosen:
+        raise ValueError(
+            f"include={list(include)} and exclude={list(exclude)} select no parameter with two or more axes "
+            f"(parameters: {', '.join(leaves)})"
+        )
+    return chosen
+
+
+def _rules(rules) -> tuple[str, ...]:
+    return (rules,) if isinstance(rules, str) else tuple(rules)
+
+
+# --- measures ----------------------------------------------------------------------------------------
+
+
+def densities(masks) -> dict[str, float]:
+    """The fraction of kept weights of every sparsified leaf, by path name (host floats)."""
+    return {
+        name: float(count) / mask.size
+        for name, mask in flatten(masks).items()
+        if is_sparsified(mask)
+        for count in [jnp.sum(mask != 0, dtype=jnp.uint32)]
+    }
+
+
+def sparsity(masks) -> float:
+    """The fraction of zeros over all sparsified leaves, in [0, 1); 0.0 if there is none."""
+    leaves = [mask for mask in jax.tree.leaves(masks) if is_sparsified(mask)]
+    total = sum(mask.size for mask in leaves)
+    kept = sum(int(jnp.sum(mask != 0, dtype=jnp.uint32)) for mask in leaves)
+    return 1.0 - kept / total if total else 0.0
+
+
+def churn(old, new) -> float:
+    """The fraction of the kept weights of `new` that `old` did not keep: how fast the topology moves."""
+    grown = kept = 0
+    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if is_sparsified(after):
+            kept += int(jnp.sum(after != 0, dtype=jnp.uint32))
+            grown += int(jnp.sum((after != 0) & (before == 0), dtype=jnp.uint32))
+    return grown / kept if kept else 0.0
+
+
+def exploration_rate(opt_state) -> float:
+    """In-time over-parameterisation R_s (Liu et al. 2021): the share of weights active at least once."""
+    return 1.0 - sparsity(get_field(opt_state, "fired"))

@@ -1,0 +1,223 @@
+"""Exact selection of the k largest scores in O(n), without sorting.
+
+Every float is mapped to an unsigned integer of the same order, and the k-th largest integer is found digit
+by digit (8 bits at a time, most significant first): each bit of the digit costs one counting pass over a
+uint8 array. Equal scores at the threshold are chosen by lowest position, with the same search over
+positions, so the number of selected entries is always exactly k.
+
+Each pass only counts. On sharded arrays a pass is therefore one scalar all-reduce, and the same code gives
+an exact global threshold over a whole tree on a whole mesh.
+
+Order: +inf is largest, -inf smallest, -0.0 equals 0.0, NaN ranks below everything. Scores may be bfloat16,
+float16, float32 or (with x64 enabled) float64, or integers.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sparsejax.masks import flatten
+
+_DIGIT = 8  # bits found per phase; uint8 is what makes a counting pass cheap
+_PAIRWISE = 32  # up to this axis length ranks by all-pairs comparison beat the search
+_MAX_SIZE = 2**32 - 1  # positions and counts are uint32
+
+
+def top_k_mask(scores, k, axis: int | None = None, *, candidates=None, keep=None):
+    """Bool mask of exactly the `k` largest scores; ties go to the lowest position.
+
+    Args:
+      scores: array of any shape.
+      k: how many to select: an int, or a traced integer. With `axis` it may be an array that broadcasts
+        against `scores` reduced over `axis` with its dimension kept. Clipped to [0, number of entries].
+      axis: None selects over the whole array, an int along that axis, independently for each row.
+      candidates: optional bool array; entries that are False rank below everything, even NaN.
+      keep: optional bool array; entries that are True rank above everything.
+
+    Returns:
+      Bool array of the shape of `scores`.
+
+    Raises:
+      ValueError: outside `jax.jit`, if the scores contain NaN (inside they rank last), or there are more
+        than 2**32 - 1 of them.
+    """
+    _check({"scores": scores})
+    if axis is not None:
+        axis = range(jnp.ndim(scores))[axis]
+    return _top_k_mask(jnp.asarray(scores), _count_dtype(k), candidates, keep, axis)
+
+
+def global_top_k_masks(tree, k, *, candidates=None, keep=None):
+    """Bool masks of exactly the `k` largest scores over all leaves of a tree together.
+
+    Ties go to the earlier leaf (in tree order), then to the lowest position. `candidates` and `keep` are
+    trees like `tree`. Other arguments, order and errors as in `top_k_mask`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    _check(flatten(tree))
+    flags = [structure.flatten_up_to(t) if t is not None else [None] * len(leaves) for t in (candidates, keep)]
+    leaves = [jnp.asarray(leaf).astype(jnp.result_type(*leaves)) for leaf in leaves]
+    return structure.unflatten(_global_masks(leaves, _count_dtype(k), *flags))
+
+
+def _count_dtype(k):
+    return jnp.asarray(np.uint32(min(max(k, 0), _MAX_SIZE)) if isinstance(k, (int, np.integer)) else k)
+
+
+def _check(leaves):
+    size = sum(math.prod(jnp.shape(leaf)) for leaf in leaves.values())
+    if size > _MAX_SIZE:
+        raise ValueError(f"cannot select among {size} scores: at most {_MAX_SIZE} are supported")
+    for name, leaf in leaves.items():
+        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            continue
+        if bool(jnp.isnan(leaf).any()):
+            raise ValueError(f"{name} of shape {jnp.shape(leaf)} contains NaN; scores must be numbers or infinities")
+
+
+@jax.jit
+def _global_masks(leaves, k, candidates, keep):
+    return _select([_ordered(*leaf) for leaf in zip(leaves, candidates, keep, strict=True)], k, None)
+
+
+@jax.jit(static_argnames="axis")
+def _top_k_mask(scores, k, candidates, keep, axis):
+    keys = _ordered(scores, candidates, keep)
+    if axis is not None and scores.shape[axis] <= _PAIRWISE:
+        return _pairwise_ranks(keys, axis) < k.astype(jnp.int32)
+    return _select([keys], k, axis)[0]
+
+
+def _ordered(scores, candidates, keep):
+    """Unsigned integers in the order of the scores: 0 no candidate, 1 NaN, ..., the maximum keep."""
+    if jnp.issubdtype(scores.dtype, jnp.floating):
+        scores = scores if scores.dtype.itemsize > 4 else scores.astype(jnp.float32)
+        unsigned = jnp.uint64 if scores.dtype.itemsize == 8 else jnp.uint32
+        bits = lax.bitcast_convert_type(jnp.where(scores == 0, jnp.zeros_like(scores), scores), unsigned)
+        sign = jnp.asarray(1, unsigned) << (8 * bits.dtype.itemsize - 1)
+        keys = jnp.where(bits >= sign, ~bits, bits | sign)
+        keys = jnp.where(jnp.isnan(scores), jnp.asarray(1, unsigned), keys)
+    else:
+        signed = jnp.int64 if scores.dtype.itemsize == 8 else jnp.int32
+        unsigned = jnp.uint64 if scores.dtype.itemsize == 8 else jnp.uint32
+        if jnp.issubdtype(scores.dtype, jnp.unsignedinteger):
+            keys = scores.astype(unsigned)
+        else:
+            flip = jnp.asarray(1, unsigned) << (8 * jnp.dtype(unsigned).itemsize - 1)
+            keys = lax.bitcast_convert_type(scores.astype(signed), unsigned) ^ flip
+    top = jnp.asarray(jnp.iinfo(unsigned).max, unsigned)
+    if candidates is not None:
+        keys = jnp.where(candidates, keys, jnp.asarray(0, unsigned))
+    return keys if keep is None else jnp.where(keep, top, keys)
+
+
+def _pairwise_ranks(keys, axis):
+    """How many entries of the row come before each entry; one fused pass for short axes."""
+    rank = jnp.zeros(keys.shape, jnp.int32)
+    position = lax.broadcasted_iota(jnp.int32, keys.shape, axis)
+    for j in range(keys.shape[axis]):
+        other = lax.slice_in_dim(keys, j, j + 1, axis=axis)
+        rank += (other > keys) | ((other == keys) & (j < position))
+    return rank
+
+
+def _select(keys, k, axis):
+    """Masks of the k largest of a list of key arrays taken together (along `axis` if there is one)."""
+    sizes = [key.size if axis is None else key.shape[axis] for key in keys]
+    k = jnp.minimum(jnp.maximum(k, 0).astype(jnp.uint32), jnp.uint32(sum(sizes)))
+    threshold, above = _kth_largest(keys, k, axis)
+    equal = [key == threshold for key in keys]
+    wanted = k - above
+    excess = jnp.any(_count(equal, axis) != wanted)
+
+    def first_positions():
+        offsets = np.cumsum([0, *sizes[:-1]])
+        reverse = [~_position(key.shape, axis, offset) for key, offset in zip(keys, offsets, strict=True)]
+        ties = [jnp.where(flag, order, jnp.uint32(0)) for flag, order in zip(equal, reverse, strict=True)]
+        last, _ = _kth_largest(ties, wanted, axis)
+        return [(tie >= last) & (wanted > 0) for tie in ties]
+
+    chosen = lax.cond(excess, first_positions, lambda: equal)
+    return [(key > threshold) | flag for key, flag in zip(keys, chosen, strict=True)]
+
+
+def _position(shape, axis, offset):
+    """uint32 row-major position of every entry (or its index along `axis`), without reshaping shards."""
+    if axis is not None:
+        return lax.broadcasted_iota(jnp.uint32, shape, axis)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    index = jnp.full(shape, offset, jnp.uint32)
+    for i, stride in enumerate(strides):
+        index += lax.broadcasted_iota(jnp.uint32, shape, i) * jnp.uint32(stride)
+    return index
+
+
+def _kth_largest(keys, k, axis):
+    """The k-th largest key, and how many keys are larger. `k = 0` gives the largest possible key."""
+    unsigned = keys[0].dtype
+    width = 8 * unsigned.itemsize
+    threshold = jnp.zeros(k.shape if axis is None else _row_shape(keys[0].shape, axis), unsigned)
+    above = jnp.zeros(threshold.shape, jnp.uint32)
+    for shift in range(width - _DIGIT, -1, -_DIGIT):
+        digits = [_digit(key, threshold, shift) for key in keys]
+
+        def larger(digit, digits=digits):
+            return _count([d > digit for d in digits], axis)
+
+        def next_bit(i, digit, above=above, larger=larger):
+            trial = digit | (jnp.uint8(1 << (_DIGIT - 1)) >> i.astype(jnp.uint8))
+            return jnp.where(above + larger(trial - jnp.uint8(1)) >= k, trial, digit)
+
+        digit = lax.fori_loop(0, _DIGIT, next_bit, jnp.zeros(threshold.shape, jnp.uint8))
+        above += larger(digit)
+        threshold |= digit.astype(unsigned) << shift
+    return threshold, above
+
+
+def _digit(key, prefix, shift):
+    """The 8 bits at `shift` of the keys that share the prefix found so far, 0 for all others.
+
+    Keys above the prefix were counted in an earlier phase, keys below can no longer matter. The barrier
+    keeps XLA from recomputing the digits in every counting pass.
+    """
+    digit = (key >> shift).astype(jnp.uint8)
+    if shift + _DIGIT < 8 * key.dtype.itemsize:
+        same = (key >> (shift + _DIGIT)) == (prefix >> (shift + _DIGIT))
+        digit = jnp.where(same, digit, jnp.uint8(0))
+    return lax.optimization_barrier(digit)
+
+
+def _row_shape(shape, axis):
+    return shape[:axis] + (1,) + shape[axis + 1 :]
+
+
+def _count(flags, axis):
+    """How many are True: over all arrays together, or along `axis` with its dimension kept.
+
+    Groups of eight are first summed in uint8, which XLA vectorises far better than a bool-to-int32 sum.
+    """
+    return sum(_count_array(flag, axis) for flag in flags)
+
+
+def _count_array(flags, axis):
+    if axis is not None:
+        return jnp.sum(_by_groups(flags, axis, 8, jnp.uint8), axis=axis, keepdims=True, dtype=jnp.uint32)
+    if flags.ndim == 0:
+        return flags.astype(jnp.uint32)
+    counts = _by_groups(flags, flags.ndim - 1, 8, jnp.uint8)
+    if counts.shape[-1] >= 16:
+        counts = _by_groups(counts, counts.ndim - 1, 16, jnp.uint8)
+    return jnp.sum(counts, dtype=jnp.uint32)
+
+
+def _by_groups(values, axis, size, dtype):
+    """Sums of `size` neighbours along `axis`, zero-padded to a multiple."""
+    length = values.shape[axis]
+    pad = -length % size
+    if pad:
+        values = jnp.pad(values, [(0, pad if i == axis else 0) for i in range(values.ndim)])
+    shape = values.shape[:axis] + ((length + pad) // size, size) + values.shape[axis + 1 :]
+    return jnp.sum(values.reshape(shape), axis=axis + 1, dtype=dtype)

@@ -1,0 +1,187 @@
+"""Target: how sparse, divided how, in which pattern, on which leaves. Every method aims at one.
+
+The five keywords `sparsity`, `allocation`, `pattern`, `include` and `exclude` mean the same in every transform
+and in `sparsejax.prune`; this is where they become exact counts and masks.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax import allocation as allocations
+from sparsejax import masks as masks_lib
+from sparsejax import patterns as patterns_lib
+from sparsejax import scores as scores_lib
+from sparsejax.patterns import NM, Pattern
+from sparsejax.selection import global_top_k_masks
+
+_BY_VALUE = {"global": lambda scores: scores, "lamp": allocations.lamp_scores}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a sparse model should look like.
+
+    The kept weights total round((1 - sparsity) N) of the N weights of the sparsified leaves; exactly for
+    `Unstructured`, to within half of the largest unit for blocks, channels and groups. An N:M leaf keeps n of
+    every m whatever the allocation says. At `sparsity=0` every leaf is dense.
+
+    Args:
+      sparsity: fraction of zeros in [0, 1). Not used (and may be None) with an explicit allocation; with
+        N:M alone it must be 1 - N/M, or None.
+      allocation: a name of `sparsejax.allocation.ALLOCATIONS`, a mapping {path pattern: sparsity}, or a
+        function `f(leaves, sparsity) -> {path: sparsity}`.
+      pattern: a pattern, its name in a config (see `patterns.parse`), or a mapping {path pattern: pattern}
+        whose first match counts.
+      include, exclude: shell patterns on path names, see `masks.sparsifiable`.
+    """
+
+    sparsity: float | None = None
+    allocation: str | Callable | Mapping[str, float] = "erk"
+    pattern: str | Pattern | Mapping[str, Any] = "unstructured"
+    include: Iterable[str] = masks_lib.INCLUDE
+    exclude: Iterable[str] = ()
+
+    def __post_init__(self):
+        rules = self.pattern if isinstance(self.pattern, Mapping) else {"*": self.pattern}
+        rules = {rule: patterns_lib.parse(pattern) for rule, pattern in rules.items()}
+        object.__setattr__(self, "pattern", rules)
+        nm = {pattern.sparsity for pattern in rules.values() if isinstance(pattern, NM)}
+        sparsity, only_nm = self.sparsity, all(isinstance(pattern, NM) for pattern in rules.values())
+        if isinstance(self.allocation, str):
+            masks_lib.choose("allocation", self.allocation, allocations.ALLOCATIONS)
+        if sparsity is None and only_nm and len(nm) == 1:
+            object.__setattr__(self, "sparsity", nm.pop())
+        elif sparsity is not None:
+            masks_lib.check_sparsity(sparsity)
+            if only_nm and sparsity and all(abs(sparsity - fixed) > 1e-9 for fixed in nm):
+                fixed = ", ".join(f"{p.n}:{p.m} has sparsity {p.sparsity:g}" for p in rules.values())
+                raise ValueError(f"{fixed}, got sparsity={sparsity:g}")
+        elif not isinstance(self.allocation, Mapping):
+            raise ValueError("sparsity must be in [0, 1), got None")
+
+    @property
+    def by_value(self) -> bool:
+        """Whether the allocation depends on the scores rather than on shapes alone."""
+        return self.allocation in _BY_VALUE if isinstance(self.allocation, str) else False
+
+    def patterns(self, params) -> dict[str, Pattern]:
+        """The pattern of every sparsified leaf by path name; none at sparsity 0.
+
+        Raises:
+          ValueError: if the rules select nothing, or a pattern does not fit a leaf (naming it).
+        """
+        chosen = {}
+        for name, leaf in masks_lib.sparsifiable(params, self.include, self.exclude).items():
+            rule = next((rule for rule in self.pattern if masks_lib.matches(name, (rule,))), None)
+            if rule is None:
+                raise ValueError(f"no pattern rule matches {name!r} (rules: {', '.join(self.pattern)})")
+            self.pattern[rule].check(name, leaf.shape)
+            chosen[name] = self.pattern[rule]
+        return {} if self.sparsity == 0 else chosen
+
+    def counts(self, scores) -> dict[str, int]:
+        """How many units every sparsified leaf keeps, as host ints.
+
+        Args:
+          scores: tree like the params. Only shapes matter, unless the allocation is by value.
+        """
+        leaves, patterns = masks_lib.flatten(scores), self.patterns(scores)
+        free = {name: leaves[name] for name, pattern in patterns.items() if not isinstance(pattern, NM)}
+        units = {name: pattern.units(leaves[name].shape) for name, pattern in patterns.items()}
+        counts = dict(units)
+        if free:
+            sparsities = allocations.allocate(free, self.sparsity, self.allocation)
+            budget = None if isinstance(self.allocation, Mapping) else self.sparsity
+            counts |= allocations.counts(free, sparsities, budget, {name: units[name] for name in free})
+        return {name: pattern.kept(leaves[name].shape, counts[name]) for name, pattern in patterns.items()}
+
+    def counts_on_the_way(self, scores, dense_share, within=None) -> dict[str, Any]:
+        """Counts between the final ones (`dense_share` 0) and all units (1); jit-safe.
+
+        Args:
+          scores: tree like the params.
+          dense_share: scalar in [0, 1], may be traced: (s_final - s) / s_final at sparsity s.
+          within: optional masks; an allocation by value only counts weights inside them.
+        """
+        leaves, patterns = masks_lib.flatten(scores), self.patterns(scores)
+        if not self.by_value:
+            final = self.counts(scores)
+            return {name: _blend(final[name], p.units(leaves[name].shape), dense_share) for name, p in patterns.items()}
+        values = {name: leaves[name] for name in patterns}
+        total = sum(leaf.size for leaf in values.values())
+        k = _blend(round((1 - self.sparsity) * total), total, dense_share)
+        candidates = None if within is None else {name: masks_lib.flatten(within)[name] for name in values}
+        kept = global_top_k_masks(_BY_VALUE[self.allocation](values), k, candidates=candidates)
+        share = {name: jnp.sum(mask, dtype=jnp.uint32) for name, mask in kept.items()}
+        return {
+            name: pattern.kept(leaves[name].shape, _in_units(share[name], pattern, leaves[name].shape))
+            for name, pattern in patterns.items()
+        }
+
+    def masks(self, scores, counts=None, within=None) -> masks_lib.Masks:
+        """The allowed masks with the highest scores.
+
+        Args:
+          scores: tree like the params; higher is kept.
+          counts: units to keep per leaf (ints or traced); default the target's own.
+          within: optional masks like the scores; units outside them come last.
+
+        Returns:
+          Tree like `scores`: bool masks, and the scalar True for leaves that are not sparsified.
+        """
+        patterns = self.patterns(scores)
+        counts = self.counts(scores) if counts is None else counts
+        inside = {} if within is None else masks_lib.flatten(within)
+
+        def leaf_mask(name, score):
+            if name not in patterns:
+                return jnp.asarray(True)
+            pattern = patterns[name]
+            candidates = pattern.reduce(inside[name]) if name in inside else None
+            try:
+                units = pattern.select(pattern.pool(score), counts[name], candidates=candidates)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            return pattern.expand(units, score.shape)
+
+        return masks_lib.map_with_name(leaf_mask, scores)
+
+    def random_masks(self, key, params) -> masks_lib.Masks:
+        """Masks drawn uniformly at random, with the target's counts.
+
+        An allocation by value takes its counts from the magnitudes of `params`.
+        """
+        patterns, leaves = self.patterns(params), masks_lib.flatten(params)
+        counts = self.counts(scores_lib.magnitude(params) if self.by_value else params)
+        drawn = random_units(key, patterns, leaves)
+        chosen = {
+            name: pattern.expand(pattern.select(drawn[name], counts[name]), leaves[name].shape)
+            for name, pattern in patterns.items()
+        }
+        return masks_lib.map_with_name(lambda name, _: chosen.get(name, jnp.asarray(True)), params)
+
+
+def random_units(key, patterns: Mapping[str, Pattern], leaves) -> dict[str, Any]:
+    """Independent uniform scores for every unit (not every weight: small units must not be disfavoured)."""
+    grids = {
+        name: jax.eval_shape(pattern.pool, jax.ShapeDtypeStruct(leaves[name].shape, jnp.float32))
+        for name, pattern in patterns.items()
+    }
+    return scores_lib.random(key, grids)
+
+
+def _blend(final: int, full: int, share):
+    """round(final + share * (full - final)), exact at both ends also where float32 is not."""
+    extra = jnp.round(jnp.float32(full - final) * share)
+    return jnp.where(share >= 1, jnp.uint32(full), jnp.uint32(final) + extra.astype(jnp.uint32))
+
+
+def _in_units(weights, pattern, shape):
+    """How many units hold this many (traced) weights, to the nearest."""
+    size, units = math.prod(shape), pattern.units(shape)
+    return weights if size == units else jnp.round(weights * (units / size)).astype(jnp.uint32)

@@ -1,0 +1,163 @@
+"""What a configuration names, loaded: the data, the model, its initial variables and the transform."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import sparsejax.data
+import sparsejax.models
+from sparsejax import pruning, transforms
+from sparsejax.data.pipeline import batches
+from sparsejax.masks import choose, densities
+from sparsejax.training.phases import Phase, expand, full_masks
+from sparsejax.training.step import objective
+
+# Importance scores of `sparsejax.pruning.at_init` that the method "fixed" can train with.
+SCORES = ("random", "magnitude", "snip", "grasp", "synflow")
+GRASP_TEMPERATURE = 200.0
+MAX_SPARSITY = 1.0 - 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The data, the model and the phases of a resolved configuration.
+
+    Attributes:
+      config: the resolved configuration.
+      dataset: see `sparsejax.data.load`.
+      model: the linen module.
+      phases: at least one.
+      augment: the augmentation of the training batches.
+      mesh: the devices, or None for one device.
+    """
+
+    config: Mapping
+    dataset: sparsejax.data.Dataset
+    model: Any
+    phases: list[Phase]
+    augment: str
+    mesh: Mesh | None
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything that is random in the run."""
+        return self.config["seed"]
+
+    @cached_property
+    def sample(self) -> jax.Array:
+        """One training input, of shape (1, ...): enough to initialise or trace the model."""
+        return jnp.asarray(self.dataset.train[0][:1])
+
+    @cached_property
+    def _init(self):
+        return jax.jit(lambda key, x: self.model.init(key, x, train=False))
+
+    def variables(self, draw: int = 0) -> dict[str, Any]:
+        """`params` and `batch_stats` at initialisation; another `draw` gives independent weights."""
+        key = jax.random.fold_in(jax.random.key(self.seed), draw)
+        variables = self._init(key, self.sample)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    def batches(self, steps: int, start: int = 0):
+        """The training batches of steps `start` to `steps`: a pure function of the seed and the step."""
+        x, y = self.dataset.train
+        size = self.config["batch_size"]
+        return batches(x, y, batch_size=size, steps=steps, seed=self.seed, augment=self.augment, start=start)
+
+
+def load_problem(config: Mapping, mesh: Mesh | None) -> Problem:
+    """Loads what `config` names.
+
+    Raises:
+      ValueError: one sentence, for an unknown name or keyword.
+      FileNotFoundError: one sentence, for a missing data set.
+    """
+    data = dict(config["data"])
+    augment = data.pop("augment", "none")
+    phases = expand(config)
+    dataset = sparsejax.data.load(**data)
+    model = sparsejax.models.build(**{"classes": dataset.outputs, **config["model"]})
+    return Problem(config, dataset, model, phases, augment, mesh)
+
+
+# --- the transform -----------------------------------------------------------------------------------
+
+
+def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
+    """The sparsejax transform of a phase around the optimizer `inner`.
+
+    For the method "fixed", `score` chooses how the masks are found at initialisation: "random" (the default)
+    or by `sparsejax.pruning.at_init` on the first training batches. With random masks, an `allocation` that
+    is the name of such a score takes only its layer densities (Random Pruning, Liu et al. 2022).
+    """
+    if phase.method is None:
+        masks = full_masks(variables["params"], phase.include, phase.exclude)
+        return transforms.build("fixed", inner, masks=masks)
+    keywords = dict(phase.method)
+    name = keywords.pop("name")
+    factory = choose("method", name, transforms.METHODS)
+    if "seed" not in inspect.signature(factory).parameters:
+        keywords.pop("seed")
+    if name == "fixed":
+        keywords = _fixed_keywords(problem, keywords, variables)
+    return transforms.build(name, inner, **keywords)
+
+
+def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dict:
+    score = choose("score", keywords.pop("score", "random"), SCORES)
+    allocation = keywords.get("allocation")
+    if score != "random":
+        return {"masks": masks_at_init(problem, score, keywords, variables)}
+    if isinstance(allocation, str) and allocation in SCORES[2:]:
+        found = {key: value for key, value in keywords.items() if key != "allocation"}
+        masks = masks_at_init(problem, allocation, found, variables)
+        # An emptied layer would break the network; the mapping's sparsities stay below one.
+        found = {path: min(1.0 - density, MAX_SPARSITY) for path, density in densities(masks).items()}
+        keywords["allocation"] = found
+    return keywords
+
+
+def masks_at_init(problem: Problem, score: str, keywords: Mapping, variables: Mapping):
+    """Masks from a score of the initial weights; data-dependent scores see the first training batches.
+
+    Args:
+      score: a name of `sparsejax.pruning.at_init`.
+      keywords: `sparsity`, and optionally `samples` (at least this many examples; default 10 per class and
+        at least 100), `rounds`, `pattern`, `allocation`, `include`, `exclude`.
+    """
+    keywords = dict(keywords)
+    seed = keywords.pop("seed", problem.seed)
+    classes = problem.dataset.classes
+    batch = _first_samples(problem, keywords.pop("samples", max(100, 10 * (classes or 1))))
+    temperature = GRASP_TEMPERATURE if score == "grasp" else 1.0
+
+    def forward(params, x):
+        return problem.model.apply({**variables, "params": params}, x, train=False)
+
+    def loss(params):
+        outputs = forward(params, batch["x"]) / temperature
+        return jnp.mean(objective(outputs, batch["y"], classes)[0])
+
+    return pruning.at_init(
+        score,
+        variables["params"],
+        keywords.pop("sparsity"),
+        loss=loss,
+        forward=forward,
+        input_shape=problem.sample.shape,
+        key=jax.random.key(seed),
+        **keywords,
+    )
+
+
+def _first_samples(problem: Problem, count: int) -> dict[str, jax.Array]:
+    needed = -(-count // problem.config["batch_size"])
+    parts = list(problem.batches(needed))
+    return {name: jnp.asarray(np.concatenate([part[name] for part in parts])) for name in ("x", "y")}

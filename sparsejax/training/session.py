@@ -1,0 +1,194 @@
+"""The compiled functions of a run and the state they carry from phase to phase."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.masks import apply_masks, get_masks
+from sparsejax.training import phases as phases_lib
+from sparsejax.training.mesh import batch_placer, place, state_shardings, to_host
+from sparsejax.training.optimizers import build_optimizer
+from sparsejax.training.phases import Phase
+from sparsejax.training.problem import Problem, build_transform
+from sparsejax.training.step import (
+    TrainState,
+    copy_tree,
+    evaluate,
+    make_eval_step,
+    make_train_step,
+    new_state,
+    padded_batches,
+)
+
+
+class Anchor(NamedTuple):
+    """A remembered point of training, to which later phases rewind."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class Carry(NamedTuple):
+    """The arrays of a checkpoint.
+
+    Attributes:
+      state: what the training step reads and writes.
+      logged: the masks at the last log, from which churn is counted.
+      anchor: the rewind point, or an empty tuple.
+    """
+
+    state: TrainState
+    logged: Any
+    anchor: Anchor | tuple = ()
+
+
+@dataclasses.dataclass
+class Book:
+    """The JSON part of a checkpoint: where the run is and what it found so far.
+
+    Attributes:
+      phase: index of the current phase.
+      phase_step: steps done in it, counted from its schedules' origin.
+      step: steps taken in all phases.
+      seconds: wall time, over all sessions.
+      density_steps: per sparsified leaf, its density summed over the steps of this phase.
+      last: the newest entry with an evaluation.
+      history: one record per finished phase.
+    """
+
+    phase: int = 0
+    phase_step: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    density_steps: dict[str, float] = dataclasses.field(default_factory=dict)
+    last: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class Session:
+    """Transforms, compiled steps and phase starts of a problem; each is made when first needed."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.put = batch_placer(problem.mesh)
+        self._transforms = {}
+        self._steps = {}
+        self._eval_step = make_eval_step(problem.model, problem.dataset.classes)
+        self._eval_batches = {}
+
+    # --- compiled functions --------------------------------------------------------------------------
+
+    def transform(self, phase: Phase):
+        """`(transform, learning-rate schedule)` of a phase."""
+        key = _key(phase)
+        if key not in self._transforms:
+            inner, schedule = build_optimizer(
+                self.problem.config["optimizer"], phase.steps, phase.learning_rate
+            )
+            tx = build_transform(self.problem, phase, inner, self.problem.variables())
+            self._transforms[key] = tx, schedule
+        return self._transforms[key]
+
+    def train_step(self, phase: Phase, state: TrainState):
+        """The jitted `(state, batch) -> state` of a phase; phases that train alike share it."""
+        key = _key(phase)
+        if key not in self._steps:
+            shardings = None if self.problem.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state)
+            classes = self.problem.dataset.classes
+            tx, _ = self.transform(phase)
+            self._steps[key] = make_train_step(self.problem.model, tx, classes, self.problem.seed, shardings)
+        return self._steps[key]
+
+    def evaluate(self, state: TrainState, split: str = "test") -> tuple[float, float]:
+        """Mean loss and accuracy on a whole split, whose batches stay on the device."""
+        if split not in self._eval_batches:
+            x, y = getattr(self.problem.dataset, split)
+            parts = padded_batches(x, y, self.problem.config["eval_batch_size"])
+            self._eval_batches[split] = [jax.device_put(self.put(part)) for part in parts]
+        return evaluate(self._eval_step, state, self._eval_batches[split])
+
+    def place_like(self, tree, like):
+        """Puts a tree where the arrays of `like` are."""
+        if self.problem.mesh is None:
+            return tree
+        return place(tree, jax.tree.map(lambda leaf: leaf.sharding, like))
+
+    # --- starts of phases ----------------------------------------------------------------------------
+
+    def initial(self, index: int) -> Carry:
+        """Fresh weights and optimizer for phase `index`; also the template of its checkpoints."""
+        phase = self.problem.phases[index]
+        variables = self.problem.variables()
+        tx, _ = self.transform(phase)
+        return self._carry(variables["params"], variables["batch_stats"], tx.init(variables["params"]))
+
+    def template(self, book: dict) -> Carry:
+        """A carry with the structure and layout of the checkpoint that `book` describes."""
+        carry = self.initial(book["phase"])
+        first = self.problem.phases[0]
+        if first.anchor is None or (book["phase"] == 0 and book["phase_step"] < first.anchor):
+            return carry
+        return self.remember(carry if book["phase"] == 0 else self.initial(0))._replace(
+            state=carry.state, logged=carry.logged
+        )
+
+    def start(self, index: int, carry: Carry | None) -> Carry:
+        """The carry at the start of phase `index`, given the one at the end of the phase before."""
+        phase = self.problem.phases[index]
+        if carry is None:
+            carry = self.initial(index)
+            return self.remember(carry) if phase.anchor == 0 else carry
+        masks = self._next_masks(phase, carry)
+        params, batch_stats = self._next_variables(phase, index, carry)
+        tx, _ = self.transform(phase)
+        if masks is not None:
+            params = apply_masks(params, masks)
+        opt_state = tx.init(params)
+        if phase.weights == "rewind" or phase.start:
+            opt_state = _to_device(carry.anchor.opt_state)
+        if masks is not None:
+            opt_state = opt_state._replace(masks=masks)
+        return self._carry(params, batch_stats, opt_state, phase.start)._replace(anchor=carry.anchor)
+
+    def remember(self, carry: Carry) -> Carry:
+        """The carry with its present state as the rewind point."""
+        state = carry.state
+        anchor = Anchor(state.params, state.batch_stats, state.opt_state)
+        return carry._replace(anchor=copy_tree(anchor))
+
+    def _next_masks(self, phase: Phase, carry: Carry):
+        if phase.method is not None:
+            return None
+        masks = _to_device(get_masks(carry.state.opt_state))
+        if phase.prune:
+            masks = phases_lib.prune_remaining(_to_device(carry.state.params), masks, phase)
+        if phase.shuffle:
+            masks = phases_lib.shuffle_masks(masks, jax.random.key(self.problem.seed))
+        return masks
+
+    def _next_variables(self, phase: Phase, index: int, carry: Carry):
+        if phase.weights == "reinit":
+            variables = self.problem.variables(draw=index)
+            return variables["params"], variables["batch_stats"]
+        source = carry.anchor if phase.weights == "rewind" else carry.state
+        return _to_device(source.params), _to_device(source.batch_stats)
+
+    def _carry(self, params, batch_stats, opt_state, step: int = 0) -> Carry:
+        state = new_state(params, batch_stats, opt_state, step)
+        if self.problem.mesh is not None:
+            state = place(state, state_shardings(self.problem.mesh, state, params))
+        else:
+            state = copy_tree(state)  # the step donates it, and nothing else may share its buffers
+        return Carry(state, copy_tree(get_masks(state.opt_state)))
+
+
+def _key(phase: Phase):
+    return repr((phase.method, phase.steps, phase.learning_rate, phase.include, phase.exclude))
+
+
+def _to_device(tree):
+    """The whole tree on this process's first device: phases change masks there, whatever the mesh."""
+    return jax.tree.map(jnp.asarray, to_host(tree))

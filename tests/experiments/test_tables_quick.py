@@ -1,0 +1,39 @@
+"""Every table really runs in its quick version; and every full one expands to valid configs."""
+
+import csv
+import pathlib
+
+import pytest
+
+from experiments import table, tables
+from sparsejax.training import config_hash
+
+FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.parametrize("name", tables.known())
+def test_expands(name):
+    full = tables.load(name)
+    configs, runs = table.expand(full, config_hash)
+    assert len(configs) <= len(runs) == sum(len(panel.rows) * panel.seeds for panel in full.panels)
+    quick, _ = table.expand(full, config_hash, quick=True)
+    assert 0 < len(quick) < len(configs) / 4
+    assert not quick.keys() & configs.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION_MNIST.exists(), reason="needs the Debian package dataset-fashion-mnist")
+@pytest.mark.parametrize("name", tables.known())
+def test_quick(name, tmp_path):
+    assert table.main([f"--table={name}", "--quick", f"--workdir={tmp_path}", "--jobs=2"]) == 0
+    folder = tmp_path / "quick-results"
+    page = (folder / f"{name}.md").read_text()
+    quick = tables.load(name)
+    assert all(claim.text in page for claim in quick.claims)
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    lines = list(csv.DictReader((folder / f"{name}.csv").open()))
+    rows = [row for panel in quick.panels for row in panel.rows if row.quick]
+    assert len(lines) == quick.quick_seeds * len(rows)
+    # A little training beats guessing, except where a paper claims that the network collapses.
+    accuracies = {line["label"]: float(line["test_accuracy"]) for line in lines}
+    assert all(value > 0.2 for label, value in accuracies.items() if not label.startswith("deep"))
