@@ -6,19 +6,21 @@ reaches them too: `config.method.update_end = steps * 3 // 4`.
 
 import ml_collections
 
+from sparsejax.training.config import DEFAULTS
 
-def training(*, steps: int, batch_size: int, seed: int = 0) -> tuple[ml_collections.ConfigDict, ml_collections.FieldReference]:
-    """A configuration with empty sections and SGD with momentum, and the reference to its `steps`."""
+
+def training(
+    *, steps: int, batch_size: int, seed: int = 0
+) -> tuple[ml_collections.ConfigDict, ml_collections.FieldReference]:
+    """All fields with their defaults, SGD with momentum and a cosine, and the reference to `steps`.
+
+    The sections `data`, `model` and `method` are left to the experiment.
+    """
     reference = ml_collections.FieldReference(steps)
-    config = ml_collections.ConfigDict()
+    config = ml_collections.ConfigDict(DEFAULTS)
     config.seed = seed
     config.steps = reference
     config.batch_size = batch_size
-    config.eval_batch_size = 1000
-    config.log_every = 100
-    config.eval_every = 500
-    config.checkpoint_every = 500
-    config.keep_checkpoints = 2
     config.optimizer = ml_collections.ConfigDict(
         {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "schedule": "cosine", "warmup_steps": 0}
     )

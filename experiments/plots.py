@@ -61,7 +61,7 @@ def _draw_panel(axis, panel: Panel, metric: Metric, results: Results, styles: di
     lines = [s for s in dict.fromkeys(row.series for row in panel.rows) if s != panel.reference]
     places = [position(panel, row.x) for row in panel.rows if row.series in lines]
     # Neighbouring series stand slightly apart, so that their error bars do not hide each other.
-    step = APART * (max(places) - min(places))
+    step = APART * (max(places) - min(places)) if places else 0.0
     shift = {name: step * (i - (len(lines) - 1) / 2) for i, name in enumerate(lines)}
     for series in [panel.reference, *lines]:
         points = []

@@ -140,7 +140,7 @@ def _pivot(panel: Panel, rows: Sequence[Row], metric: Metric, results: Results) 
         cells = (cell(results, at[x].label, metric) if x in at else "" for x in columns)
         lines.append([series, *cells])
         figures = [f for f in panel.paper if (f.series, f.metric) == (series, metric.name)]
-        lines += [_paper_line(f, columns) for f in figures]
+        lines += [_paper_line(f, columns) for f in figures if f.values.keys() & set(columns)]
     return _grid(lines)
 
 

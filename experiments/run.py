@@ -41,6 +41,17 @@ def main(arguments):
         sys.exit(1)
 
 
+def parse(arguments):
+    """The flags, with one sentence for a field that the configuration file does not have."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError) as error:
+        cause = error.args[0]
+        field = cause.args[0] if isinstance(cause, KeyError) else cause
+        print("error: the configuration has no field", " ".join(str(field).split()), file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -6,6 +6,7 @@ continues. `--list` shows the tables, `--quick` runs a two-minute version of one
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -90,6 +91,9 @@ def regenerate(
     for run in runs:
         run.summary, run.error = outcomes[run.hash]
     folder = workdir / "quick-results" if quick else results
+    if quick:
+        warning = "(Quick version, too short to mean anything.) "
+        table = dataclasses.replace(table, about=warning + table.about)
     command = f"python -m experiments.table --table={name}" + " --quick" * quick
     command += f" --seeds={seeds}" * (seeds is not None) + f" --jobs={jobs}" * (jobs > 1)
     verdicts = report.write(table, runs, folder, name, command)
@@ -148,7 +152,7 @@ def _share_compilations(folder: pathlib.Path):
     """Lets runs that differ only in values (seeds, above all) share compiled programs, over all processes."""
     settings = {
         "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     for name, value in settings.items():
         os.environ.setdefault(name.upper(), str(value))  # For the workers, which have not imported JAX yet.

@@ -101,12 +101,12 @@ def _dispatch(tasks: Sequence[Task], pool: list["_Worker"]) -> Iterator[Event]:
     while waiting or busy:
         while waiting and idle:
             worker, index = idle.pop(0), waiting.pop()
-            busy[worker] = index
+            busy[worker], worker.busy = index, True
             yield Event(index, "started")
             worker.pipe.send((index, tasks[index]))
         ready = multiprocessing.connection.wait([worker.pipe for worker in busy])
         for worker in [worker for worker in busy if worker.pipe in ready]:
-            index = busy.pop(worker)
+            index, worker.busy = busy.pop(worker), False
             try:
                 yield worker.pipe.recv()
                 idle.append(worker)
@@ -123,7 +123,7 @@ class _Worker:
     """A process that executes the tasks it is sent, on the given cores."""
 
     def __init__(self, function: Function, cores: set[int] | None):
-        self.function, self.cores = function, cores
+        self.function, self.cores, self.busy = function, cores, False
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, function), daemon=True)
@@ -138,9 +138,10 @@ class _Worker:
         theirs.close()
 
     def terminate(self):
-        """Asks the process to end: at once if it idles, else as soon as it has saved its run."""
+        """Asks the process to end: an idle one sees its pipe close, a busy one saves its run on SIGTERM."""
         self.pipe.close()
-        self.process.terminate()
+        if self.busy:
+            self.process.terminate()
 
     def join(self):
         """Waits for the end, and enforces it after a while."""

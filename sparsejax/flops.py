@@ -19,7 +19,6 @@ One-off costs (the scores of SNIP, GraSP or SynFlow: a few dense batches) are ne
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +29,7 @@ from sparsejax.masks import INCLUDE, choose, flatten, is_sparsified, matches
 # --- multiply-adds -----------------------------------------------------------------------------------
 
 
-def _dense(layer, kernel, inputs, output) -> int:
+def _dense_macs(layer, kernel, inputs, output) -> int:
     axes = getattr(layer, "axis", -1)
     axes = (axes,) if isinstance(axes, int) else axes
     return output.size * math.prod(inputs.shape[axis] for axis in axes)
@@ -56,8 +55,8 @@ def _attend(layer, kernel, inputs, output) -> int:
 # How many MACs one call of a layer does: f(layer, kernel, inputs, output) on shapes, for the whole batch.
 # The first class that the layer is an instance of decides; add your own layers here.
 COUNTERS = {
-    linen.Dense: _dense,
-    linen.DenseGeneral: _dense,
+    linen.Dense: _dense_macs,
+    linen.DenseGeneral: _dense_macs,
     linen.Conv: _conv,
     linen.ConvLocal: _conv_local,
     linen.ConvTranspose: _conv_transpose,
@@ -144,18 +143,31 @@ def inference_flops(macs: Mapping[str, int], densities: Mapping[str, float] | No
     return 2.0 * sum(count * densities.get(name, 1.0) for name, count in macs.items())
 
 
-def _rigl(dense: float, sparse: float, update_every: int) -> float:
+def _dense_step(dense, sparse, update_every):
+    return 3 * dense
+
+
+def _sparse_step(dense, sparse, update_every):
+    return 3 * sparse
+
+
+def _snfs(dense, sparse, update_every):
+    return 2 * sparse + dense
+
+
+def _rigl(dense, sparse, update_every):
     return (3 * sparse * update_every + 2 * sparse + dense) / (update_every + 1)
 
 
+# FLOPs of a training step of every method: f(dense, sparse, update_every). Add your own methods here.
 TRAINING = {
-    "dense": lambda dense, sparse, update_every: 3 * dense,
-    "fixed": lambda dense, sparse, update_every: 3 * sparse,
-    "one_shot": lambda dense, sparse, update_every: 3 * sparse,
-    "gradual": lambda dense, sparse, update_every: 3 * sparse,
-    "set_": lambda dense, sparse, update_every: 3 * sparse,
+    "dense": _dense_step,
+    "fixed": _sparse_step,
+    "gradual": _sparse_step,
+    "one_shot": _sparse_step,
     "rigl": _rigl,
-    "snfs": lambda dense, sparse, update_every: 2 * sparse + dense,
+    "set_": _sparse_step,
+    "snfs": _snfs,
 }
 
 
@@ -212,7 +224,7 @@ def bytes_packed(params, masks) -> int:
     return sum(jax.tree.leaves(jax.tree.map(_packed_bytes, params, masks)))
 
 
-def _packed_bytes(leaf: Any, mask: Any) -> int:
+def _packed_bytes(leaf, mask) -> int:
     if not is_sparsified(mask):
         return _bytes(leaf)
     kept, columns = _kept(leaf, mask), leaf.shape[-1]

@@ -169,13 +169,36 @@ def _rules(rules) -> tuple[str, ...]:
 # --- measures ----------------------------------------------------------------------------------------
 
 
+def count(flags, axis: int | None = None):
+    """How many entries of a bool array are True, as uint32: in all, or along `axis` with it kept.
+
+    Groups of neighbours are first summed in uint8, which XLA on a CPU vectorises; a plain bool-to-int sum takes
+    four times as long.
+    """
+    if axis is not None:
+        return jnp.sum(_group_sums(flags, axis, 8), axis=axis, keepdims=True, dtype=jnp.uint32)
+    if flags.ndim == 0:
+        return flags.astype(jnp.uint32)
+    counts = _group_sums(flags, flags.ndim - 1, 8)
+    if counts.shape[-1] >= 16:
+        counts = _group_sums(counts, counts.ndim - 1, 16)
+    return jnp.sum(counts, dtype=jnp.uint32)
+
+
+def _group_sums(values, axis: int, size: int):
+    """Sums of `size` neighbours along `axis` in uint8, zero-padded to a multiple."""
+    length = values.shape[axis]
+    pad = -length % size
+    if pad:
+        values = jnp.pad(values, [(0, pad if i == axis else 0) for i in range(values.ndim)])
+    shape = values.shape[:axis] + ((length + pad) // size, size) + values.shape[axis + 1 :]
+    return jnp.sum(values.reshape(shape), axis=axis + 1, dtype=jnp.uint8)
+
+
 def densities(masks) -> dict[str, float]:
     """The fraction of kept weights of every sparsified leaf, by path name (host floats)."""
     return {
-        name: float(count) / mask.size
-        for name, mask in flatten(masks).items()
-        if is_sparsified(mask)
-        for count in [jnp.sum(mask != 0, dtype=jnp.uint32)]
+        name: int(count(mask != 0)) / mask.size for name, mask in flatten(masks).items() if is_sparsified(mask)
     }
 
 
@@ -183,8 +206,7 @@ def sparsity(masks) -> float:
     """The fraction of zeros over all sparsified leaves, in [0, 1); 0.0 if there is none."""
     leaves = [mask for mask in jax.tree.leaves(masks) if is_sparsified(mask)]
     total = sum(mask.size for mask in leaves)
-    kept = sum(int(jnp.sum(mask != 0, dtype=jnp.uint32)) for mask in leaves)
-    return 1.0 - kept / total if total else 0.0
+    return 1.0 - sum(int(count(mask != 0)) for mask in leaves) / total if total else 0.0
 
 
 def churn(old, new) -> float:
@@ -192,8 +214,8 @@ def churn(old, new) -> float:
     grown = kept = 0
     for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         if is_sparsified(after):
-            kept += int(jnp.sum(after != 0, dtype=jnp.uint32))
-            grown += int(jnp.sum((after != 0) & (before == 0), dtype=jnp.uint32))
+            kept += int(count(after != 0))
+            grown += int(count((after != 0) & (before == 0)))
     return grown / kept if kept else 0.0
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
 from sparsejax import scores as scores_lib
@@ -46,7 +45,7 @@ def prune(
     target = Target(
         sparsity=sparsity, allocation=allocation, pattern=pattern, include=include, exclude=exclude
     )
-    return target.masks(scores, target.counts(_ranked(target, scores)))
+    return target.masks(scores)
 
 
 def at_init(
@@ -96,11 +95,10 @@ def at_init(
     density, masks = _density(target, params), None
     for done in range(1, rounds + 1):
         found = score(params if masks is None else masks_lib.apply_masks(params, masks))
-        ranked = _ranked(target, found, masks)
-        if done == rounds or density == 1.0:
-            return target.masks(found, target.counts(ranked), masks)
-        share = (density ** (done / rounds) - density) / (1.0 - density)
-        masks = target.masks(found, target.counts_on_the_way(ranked, share, masks), masks)
+        on_the_way = done < rounds and density < 1.0
+        share = (density ** (done / rounds) - density) / (1.0 - density) if on_the_way else 0.0
+        masks = target.masks(found, target.counts_on_the_way(found, share, masks), masks)
+    return masks
 
 
 # The scores at initialisation: f(params, **arguments), the arguments it needs, and how many rounds it takes.
@@ -124,25 +122,3 @@ def _density(target: Target, params) -> float:
         for name, count in counts.items()
     )
     return kept / sum(sizes.values())
-
-
-def _ranked(target: Target, scores, within=None):
-    """The scores by which leaves compete for a global budget: every weight stands for its unit.
-
-    So units of different sizes share one budget of weights, and units outside the masks `within` get nothing.
-    """
-    if target.allocation != "global":
-        return scores
-    patterns = target.patterns(scores)
-    inside = {} if within is None else masks_lib.flatten(within)
-
-    def spread(name, leaf):
-        if name not in patterns:
-            return leaf
-        pattern = patterns[name]
-        units = pattern.pool(leaf)
-        if name in inside:
-            units = jnp.where(pattern.reduce(inside[name]), units, -jnp.inf)
-        return pattern.expand(units, leaf.shape)
-
-    return masks_lib.map_with_name(spread, scores)

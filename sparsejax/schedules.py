@@ -58,7 +58,7 @@ def cosine(initial: float, end: int) -> optax.Schedule:
 def drop_fraction_schedule(fraction: float | optax.Schedule, end: int | None) -> optax.Schedule:
     """The share of the kept weights that a topology update replaces.
 
-    A schedule is returned as it is; a float is annealed by `cosine` to 0 at `end`, or constant if that is None.
+    A schedule is returned as it is; a float is annealed by `cosine` to 0 at `end`, or constant without end.
 
     Raises:
       ValueError: for a float outside [0, 1].

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax.masks import flatten
+from sparsejax.masks import count, flatten
 
 _DIGIT = 8  # bits found per phase; uint8 is what makes a counting pass cheap
 _PAIRWISE = 32  # up to this axis length ranks by all-pairs comparison beat the search
@@ -158,23 +158,25 @@ def _position(shape, axis, offset):
 def _kth_largest(keys, k, axis):
     """The k-th largest key, and how many keys are larger. `k = 0` gives the largest possible key."""
     unsigned = keys[0].dtype
-    width = 8 * unsigned.itemsize
-    threshold = jnp.zeros(k.shape if axis is None else _row_shape(keys[0].shape, axis), unsigned)
-    above = jnp.zeros(threshold.shape, jnp.uint32)
-    for shift in range(width - _DIGIT, -1, -_DIGIT):
-        digits = [_digit(key, threshold, shift) for key in keys]
+    digits = unsigned.itemsize
+    rows = () if axis is None else _row_shape(keys[0].shape, axis)
 
-        def larger(digit, digits=digits):
-            return _count([d > digit for d in digits], axis)
+    def next_digit(i, carry):
+        threshold, above = carry
+        shift = ((digits - 1 - i) * _DIGIT).astype(unsigned)
+        current = [_digit(key, threshold, shift) for key in keys]
 
-        def next_bit(i, digit, above=above, larger=larger):
-            trial = digit | (jnp.uint8(1 << (_DIGIT - 1)) >> i.astype(jnp.uint8))
+        def larger(digit):
+            return _count([values > digit for values in current], axis)
+
+        def next_bit(j, digit):
+            trial = digit | (jnp.uint8(1 << (_DIGIT - 1)) >> j.astype(jnp.uint8))
             return jnp.where(above + larger(trial - jnp.uint8(1)) >= k, trial, digit)
 
-        digit = lax.fori_loop(0, _DIGIT, next_bit, jnp.zeros(threshold.shape, jnp.uint8))
-        above += larger(digit)
-        threshold |= digit.astype(unsigned) << shift
-    return threshold, above
+        digit = lax.fori_loop(0, _DIGIT, next_bit, jnp.zeros(rows, jnp.uint8))
+        return threshold | (digit.astype(unsigned) << shift), above + larger(digit)
+
+    return lax.fori_loop(0, digits, next_digit, (jnp.zeros(rows, unsigned), jnp.zeros(rows, jnp.uint32)))
 
 
 def _digit(key, prefix, shift):
@@ -183,10 +185,8 @@ def _digit(key, prefix, shift):
     Keys above the prefix were counted in an earlier phase, keys below can no longer matter. The barrier
     keeps XLA from recomputing the digits in every counting pass.
     """
-    digit = (key >> shift).astype(jnp.uint8)
-    if shift + _DIGIT < 8 * key.dtype.itemsize:
-        same = (key >> (shift + _DIGIT)) == (prefix >> (shift + _DIGIT))
-        digit = jnp.where(same, digit, jnp.uint8(0))
+    same = (key >> shift) >> _DIGIT == (prefix >> shift) >> _DIGIT
+    digit = jnp.where(same, (key >> shift).astype(jnp.uint8), jnp.uint8(0))
     return lax.optimization_barrier(digit)
 
 
@@ -195,29 +195,5 @@ def _row_shape(shape, axis):
 
 
 def _count(flags, axis):
-    """How many are True: over all arrays together, or along `axis` with its dimension kept.
-
-    Groups of eight are first summed in uint8, which XLA vectorises far better than a bool-to-int32 sum.
-    """
-    return sum(_count_array(flag, axis) for flag in flags)
-
-
-def _count_array(flags, axis):
-    if axis is not None:
-        return jnp.sum(_by_groups(flags, axis, 8, jnp.uint8), axis=axis, keepdims=True, dtype=jnp.uint32)
-    if flags.ndim == 0:
-        return flags.astype(jnp.uint32)
-    counts = _by_groups(flags, flags.ndim - 1, 8, jnp.uint8)
-    if counts.shape[-1] >= 16:
-        counts = _by_groups(counts, counts.ndim - 1, 16, jnp.uint8)
-    return jnp.sum(counts, dtype=jnp.uint32)
-
-
-def _by_groups(values, axis, size, dtype):
-    """Sums of `size` neighbours along `axis`, zero-padded to a multiple."""
-    length = values.shape[axis]
-    pad = -length % size
-    if pad:
-        values = jnp.pad(values, [(0, pad if i == axis else 0) for i in range(values.ndim)])
-    shape = values.shape[:axis] + ((length + pad) // size, size) + values.shape[axis + 1 :]
-    return jnp.sum(values.reshape(shape), axis=axis + 1, dtype=dtype)
+    """How many are True: over all arrays together, or along `axis` with its dimension kept."""
+    return sum(count(flag, axis) for flag in flags)

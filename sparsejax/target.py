@@ -4,7 +4,6 @@ The five keywords `sparsity`, `allocation`, `pattern`, `include` and `exclude` m
 and in `sparsejax.prune`; this is where they become exact counts and masks.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +90,12 @@ class Target:
           scores: tree like the params. Only shapes matter, unless the allocation is by value.
         """
         leaves, patterns = masks_lib.flatten(scores), self.patterns(scores)
-        free = {name: leaves[name] for name, pattern in patterns.items() if not isinstance(pattern, NM)}
         units = {name: pattern.units(leaves[name].shape) for name, pattern in patterns.items()}
+        free = {name: leaves[name] for name, pattern in patterns.items() if not isinstance(pattern, NM)}
         counts = dict(units)
-        if free:
+        if free and self.by_value:
+            counts |= {name: int(count) for name, count in self._competed(scores, 0.0, None).items()}
+        elif free:
             sparsities = allocations.allocate(free, self.sparsity, self.allocation)
             budget = None if isinstance(self.allocation, Mapping) else self.sparsity
             counts |= allocations.counts(free, sparsities, budget, {name: units[name] for name in free})
@@ -109,19 +110,29 @@ class Target:
           within: optional masks; an allocation by value only counts weights inside them.
         """
         leaves, patterns = masks_lib.flatten(scores), self.patterns(scores)
-        if not self.by_value:
-            final = self.counts(scores)
-            return {name: _blend(final[name], p.units(leaves[name].shape), dense_share) for name, p in patterns.items()}
-        values = {name: leaves[name] for name in patterns}
+        units = {name: pattern.units(leaves[name].shape) for name, pattern in patterns.items()}
+        if self.by_value:
+            final = {name: p.kept(leaves[name].shape, 0) for name, p in patterns.items() if isinstance(p, NM)}
+            competed = self._competed(scores, dense_share, within)
+        else:
+            final, competed = self.counts(scores), {}
+        return {name: _blend(count, units[name], dense_share) for name, count in final.items()} | competed
+
+    def _competed(self, scores, dense_share, within) -> dict[str, Any]:
+        """Counts by one top-k over all leaves that compete for the budget (all but the N:M ones); jit-safe.
+
+        Every weight enters with the score of its unit, so that units of different sizes share one budget of weights.
+        """
+        leaves, patterns = masks_lib.flatten(scores), self.patterns(scores)
+        inside = {} if within is None else masks_lib.flatten(within)
+        patterns = {name: pattern for name, pattern in patterns.items() if not isinstance(pattern, NM)}
+        values = _BY_VALUE[self.allocation]({name: leaves[name] for name in patterns})
+        values = {name: p.expand(p.pool(values[name]), leaves[name].shape) for name, p in patterns.items()}
         total = sum(leaf.size for leaf in values.values())
         k = _blend(round((1 - self.sparsity) * total), total, dense_share)
-        candidates = None if within is None else {name: masks_lib.flatten(within)[name] for name in values}
-        kept = global_top_k_masks(_BY_VALUE[self.allocation](values), k, candidates=candidates)
-        share = {name: jnp.sum(mask, dtype=jnp.uint32) for name, mask in kept.items()}
-        return {
-            name: pattern.kept(leaves[name].shape, _in_units(share[name], pattern, leaves[name].shape))
-            for name, pattern in patterns.items()
-        }
+        candidates = {name: inside[name] for name in values} if inside else None
+        kept = global_top_k_masks(values, k, candidates=candidates) if values else {}
+        return {name: _in_units(mask, patterns[name]) for name, mask in kept.items()}
 
     def masks(self, scores, counts=None, within=None) -> masks_lib.Masks:
         """The allowed masks with the highest scores.
@@ -181,7 +192,7 @@ def _blend(final: int, full: int, share):
     return jnp.where(share >= 1, jnp.uint32(full), jnp.uint32(final) + extra.astype(jnp.uint32))
 
 
-def _in_units(weights, pattern, shape):
-    """How many units hold this many (traced) weights, to the nearest."""
-    size, units = math.prod(shape), pattern.units(shape)
-    return weights if size == units else jnp.round(weights * (units / size)).astype(jnp.uint32)
+def _in_units(mask, pattern):
+    """How many units the kept weights of a (traced) mask amount to, to the nearest."""
+    weights, units = masks_lib.count(mask), pattern.units(mask.shape)
+    return weights if mask.size == units else jnp.round(weights * (units / mask.size)).astype(jnp.uint32)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import masks as masks_lib
-from sparsejax.masks import apply_masks, is_sparsified
+from sparsejax.masks import apply_masks, count, is_sparsified
 from sparsejax.patterns import Pattern
 from sparsejax.selection import top_k_mask
 
@@ -131,11 +131,6 @@ def drop(active, unit_scores, fraction):
     """The active units that remain after dropping floor(fraction * their number) of the lowest scores."""
     dropped = jnp.floor(fraction * count(active).astype(jnp.float32)).astype(jnp.uint32)
     return top_k_mask(unit_scores, count(active) - dropped, candidates=active) & active
-
-
-def count(units):
-    """How many are True, as uint32."""
-    return jnp.sum(units, dtype=jnp.uint32)
 
 
 def open_masks(patterns: Mapping[str, Pattern], params):

@@ -236,7 +236,7 @@ def test_every_allocation_meets_the_contract(name):
         (lambda x: allocate(x, 0.5, {"*": 0.5, "Conv*": 0.1}), r"pattern 'Conv\*' matches no sparsified"),
         (lambda x: allocate(x, 0.5, {"*": 1.5}), r"sparsity of '\*' must be in \[0, 1\), got 1.5"),
         (lambda x: allocate(x, 0.5, lambda leaves, s: {}), "must return a sparsity in .* for each of"),
-        (lambda x: allocation.counts(x, dict.fromkeys(x, 0.5), 0.9), "keeps 133100 of 266200 .*=0.9 keeps 26620"),
+        (lambda x: allocation.counts(x, dict.fromkeys(x, 0.5), 0.9), "keeps 133100 of 266200 .*=0.9 keeps"),
     ],
 )
 def test_bad_input(call, message):

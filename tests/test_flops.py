@@ -7,14 +7,16 @@ import pytest
 from flax import linen
 
 from sparsejax import flops
-from sparsejax.masks import densities, dense_masks
+from sparsejax.masks import dense_masks, densities
 from sparsejax.models import build
 
 LENET = {"dense_0/kernel": 235_200, "dense_1/kernel": 30_000, "head/kernel": 1_000}  # 784-300-100-10
 
 
 def macs_of(model, *inputs, **kw):
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) if isinstance(shape, tuple) else shape for shape in inputs]
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) if isinstance(shape, tuple) else shape for shape in inputs
+    ]
     variables = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, **kw), *inputs)
     return flops.layer_macs(model, variables, *inputs, **kw)
 
@@ -173,11 +175,15 @@ def test_bad_input():
         def __call__(self, x):
             return x @ self.param("kernel", linen.initializers.ones, (3, 2))
 
-    with pytest.raises(ValueError, match="cannot count the MACs of kernel: its layer Custom is none of Dense, "):
+    with pytest.raises(
+        ValueError, match="cannot count the MACs of kernel: its layer Custom is none of Dense, "
+    ):
         macs_of(Custom(), (2, 3))
     with pytest.raises(ValueError, match="unknown method 'rigle'; did you mean 'rigl'"):
         flops.training_flops("rigle", 1.0, 1.0)
     with pytest.raises(ValueError, match="update_every=0 must be at least 1"):
         flops.training_flops("rigl", 1.0, 1.0, update_every=0)
-    with pytest.raises(ValueError, match="the densities are of conv/kernel but the model's kernels are dense_0"):
+    with pytest.raises(
+        ValueError, match="the densities are of conv/kernel but the model's kernels are dense_0"
+    ):
         flops.inference_flops(LENET, {"conv/kernel": 0.5})

@@ -163,7 +163,7 @@ def test_synflow_rounds_are_those_of_the_paper():
             flow[i] = weights[i] * np.outer(states[i], back)
             back = weights[i] @ back
         flat = np.concatenate([f.ravel() for f in flow])
-        count = round(0.05 ** (done / 20) * size)
+        count = round((1 / 16) ** (done / 20) * size)
         threshold = np.partition(flat, -count)[-count]
         weights = [np.where(f >= threshold, w, 0) for f, w in zip(flow, weights, strict=True)]
     masks = pruning.at_init("synflow", params, 15 / 16, forward=forward, input_shape=(1, SIZES[0]), rounds=20)
@@ -183,16 +183,20 @@ def test_rounds_are_nested():
 
 def test_synflow_does_not_collapse_where_one_shot_scores_do():
     """A six-layer MLP at compression 10^3 (Tanaka et al. 2020, figure 1)."""
-    params = network((64, 200, 100, 100, 100, 400, 10))
-    compressed = 1 - 1e-3
-    loss = loss_on(64, 10)
-    flow = pruning.at_init("synflow", params, compressed, forward=forward, input_shape=(1, 64))
-    assert min(kept(flow).values()) > 0
-    assert sum(kept(flow).values()) == round((1 - compressed) * total(params))
-    positive = jax.tree.map(jnp.abs, apply_masks(params, flow))
-    assert float(forward(positive, jnp.ones((1, 64))).sum()) > 0  # a path from input to output remains
-    for name in ("snip", "grasp", "magnitude"):
-        assert min(kept(pruning.at_init(name, params, compressed, loss=loss)).values()) == 0, name
+    params = network((64, 100, 100, 100, 100, 100, 10))
+    arguments = {"loss": loss_on(64, 10), "forward": forward, "input_shape": (1, 64)}
+
+    def paths(masks):
+        positive = jax.tree.map(jnp.abs, apply_masks(params, masks))
+        return float(forward(positive, jnp.ones((1, 64))).sum())
+
+    names = ("synflow", "snip", "magnitude")
+    masks = {name: pruning.at_init(name, params, 0.999, **arguments) for name in names}
+    count = {name: list(kept(found).values()) for name, found in masks.items()}
+    assert all(sum(counts) == round(0.001 * total(params)) for counts in count.values())
+    assert min(count["synflow"]) > 0 and paths(masks["synflow"]) > 0
+    assert min(count["snip"]) == 0  # a whole layer is gone
+    assert paths(masks["magnitude"]) == 0.0  # no path from input to output is left
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def ratio_rows() -> tuple[Row, ...]:
         Row(
             label(series, sparsity), series, sparsity,
             {"method": {"name": "fixed", "sparsity": sparsity, "allocation": allocation}},
-            quick=sparsity == 0.98 and series in ("uniform", "ERK", "SNIP ratio"),
+            quick=sparsity == 0.9 and series in ("uniform", "ERK", "SNIP ratio"),
         )
         for series, allocation in RATIOS.items() for sparsity in SPARSITIES
     )  # fmt: skip

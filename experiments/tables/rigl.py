@@ -27,6 +27,7 @@ METHODS = {
     "RigL": {"name": "rigl", **DYNAMIC},
     "gradual": {"name": "gradual", "allocation": "erk", "update_every": 20, **PRUNING},
 }
+CNN = {"name": "cnn", "channels": (8, 16)}
 QUICK_SPARSITY = 0.95
 
 
@@ -95,7 +96,7 @@ TABLE = Table(
                 Figures("gradual", WRN, {0.8: 93.6, 0.9: 93.3, 0.95: 92.3}),
             ),
         ),
-        Panel("Small CNN", rows("CNN", SPARSITIES[:-1]), seeds=3, overrides={"model": {"name": "cnn"}}),
+        Panel("Small CNN", rows("CNN", SPARSITIES[:-1]), seeds=3, overrides={"model": CNN}),
     ),
     claims=claims("MLP", SPARSITIES) + claims("CNN", SPARSITIES[:-1]),
     metrics=(ACCURACY, TRAIN_FLOPS, Metric("exploration_rate", "weights ever active (ITOP)"), NONZEROS),

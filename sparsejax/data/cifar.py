@@ -1,4 +1,6 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from their published *binary* files: 50000 + 10000 images, 32x32x3.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from their published *binary* files.
+
+Each has 50000 + 10000 colour images of 32x32.
 
 A record is the label (CIFAR-100: the coarse label, then the fine one) and 3072 bytes, channel by channel.
 """

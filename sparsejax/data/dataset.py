@@ -47,7 +47,8 @@ def hold_out(data: Dataset, validation: int, limit: int | None) -> Dataset:
     left = len(x) - validation
     if validation < 0 or left < 1:
         raise ValueError(
-            f"validation={validation} must be in [0, {len(x) - 1}]: {data.name} has {len(x)} training examples"
+            f"validation={validation} must be in [0, {len(x) - 1}], "
+            f"the training examples of {data.name} but one"
         )
     limit = left if limit is None else limit
     if not 1 <= limit <= left:

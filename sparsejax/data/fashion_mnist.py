@@ -38,7 +38,9 @@ def _split(folder: Path, split: str):
     images_path, labels_path = (_existing(folder / name.format(split)) for name in (IMAGES, LABELS))
     images, labels = read_idx(images_path, axes=3), read_idx(labels_path, axes=1)
     if len(images) != len(labels):
-        raise ValueError(f"{labels_path} has {len(labels)} labels, but {images_path} has {len(images)} images")
+        raise ValueError(
+            f"{labels_path} has {len(labels)} labels, but {images_path} has {len(images)} images"
+        )
     return images[..., None], check_labels(labels, CLASSES, labels_path)
 
 

@@ -37,7 +37,8 @@ def batches(x, y, *, batch_size: int, steps: int, seed: int, augment: str = "non
       A grain iterator (it has `get_state` and `set_state`) over `{"x": ..., "y": ...}` of numpy arrays.
 
     Raises:
-      ValueError: if the batch is empty or larger than the data, or the augmentation is unknown or not for `x`.
+      ValueError: if the batch is empty or larger than the data, or the augmentation is unknown or does
+        not fit `x`.
     """
     if not 1 <= batch_size <= len(x):
         raise ValueError(f"batch_size={batch_size} must be in [1, {len(x)}], the number of examples")
@@ -45,7 +46,9 @@ def batches(x, y, *, batch_size: int, steps: int, seed: int, augment: str = "non
         raise ValueError(f"x has {len(x)} examples but y has {len(y)}")
     transform = choose("augmentation", augment, AUGMENTATIONS)
     if augment != "none" and x.ndim != 4:
-        raise ValueError(f"augment={augment!r} needs images (n, height, width, channels), not shape {x.shape}")
+        raise ValueError(
+            f"augment={augment!r} needs images (n, height, width, channels), not shape {x.shape}"
+        )
     steps_per_epoch = len(x) // batch_size
 
     # Only the current epoch's permutation is kept: consecutive steps share it.

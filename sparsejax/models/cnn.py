@@ -27,7 +27,7 @@ class CNN(linen.Module):
 
     @linen.compact
     def __call__(self, x, train: bool = False):
-        """Outputs `(batch, classes)` for images `(batch, height, width, channels)`; `train` changes nothing."""
+        """Outputs `(batch, classes)` for images `(batch, height, width, channels)`; `train` has no effect."""
         init = {"kernel_init": he_normal(), "dtype": self.dtype}
         for i, channels in enumerate(self.channels):
             x = linen.relu(nn.Conv(channels, (3, 3), 2, "VALID", name=f"conv_{i}", **init)(x))

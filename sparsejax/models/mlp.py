@@ -1,4 +1,4 @@
-"""Multilayer perceptron; the default is LeNet-300-100 (LeCun et al. 1998), the small model of pruning papers."""
+"""Multilayer perceptron; the default is LeNet-300-100 (LeCun et al. 1998), usual in pruning papers."""
 
 import jax.numpy as jnp
 from flax import linen
@@ -22,7 +22,7 @@ class MLP(linen.Module):
 
     @linen.compact
     def __call__(self, x, train: bool = False):
-        """Outputs `(batch, classes)` for inputs `(batch, ...)`; `train` changes nothing."""
+        """Outputs `(batch, classes)` for inputs `(batch, ...)`; `train` has no effect."""
         x = x.reshape(len(x), -1)
         for i, width in enumerate(self.hidden):
             x = linen.relu(nn.Dense(width, kernel_init=he_normal(), dtype=self.dtype, name=f"dense_{i}")(x))

@@ -27,7 +27,9 @@ class ResNet(linen.Module):
     def __post_init__(self):
         super().__post_init__()
         if self.depth < 8 or self.depth % 6 != 2:
-            raise ValueError(f"depth={self.depth} of a resnet must be 6n + 2 with n >= 1: 8, 14, 20, 26, 32, ...")
+            raise ValueError(
+                f"depth={self.depth} of a resnet must be 6n + 2 with n >= 1: 8, 14, 20, 26, 32, ..."
+            )
 
     @linen.compact
     def __call__(self, x, train: bool = False):

@@ -46,7 +46,7 @@ class Embed(MaskedParams, linen.Embed):
 
 
 class BatchNorm(MaskedParams, linen.BatchNorm):
-    """`flax.linen.BatchNorm` that reads `masks` (structured patterns may remove a channel's scale and bias)."""
+    """`flax.linen.BatchNorm` that reads `masks`: a structured pattern may remove a whole channel."""
 
 
 class LayerNorm(MaskedParams, linen.LayerNorm):
@@ -54,5 +54,12 @@ class LayerNorm(MaskedParams, linen.LayerNorm):
 
 
 __all__ = [
-    "BatchNorm", "Conv", "ConvTranspose", "Dense", "DenseGeneral", "Embed", "LayerNorm", "MaskedParams",
-]  # fmt: skip
+    "BatchNorm",
+    "Conv",
+    "ConvTranspose",
+    "Dense",
+    "DenseGeneral",
+    "Embed",
+    "LayerNorm",
+    "MaskedParams",
+]

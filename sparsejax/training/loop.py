@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from tqdm import tqdm
 
 from sparsejax.masks import get_field, get_masks
@@ -80,18 +79,20 @@ class _Trainer:
         self.writer = None
         self.begun = begun
         self.total = sum(phase.length for phase in problem.phases)
-        self.bar = tqdm(total=self.total, disable=not (progress and is_main()), unit="step", mininterval=0.5)
+        self.progress = progress and is_main()
+        self.bar = None
 
     def run(self) -> dict[str, Any]:
-        carry = self._restore()
         try:
-            for index in range(self.book.phase, len(self.problem.phases)):
-                if carry is None or index > self.book.phase:
-                    carry = self._start(index, carry)
-                carry = self._train_phase(carry)
+            carry = self._restore() or self._start(0, None)
+            bar = {"total": self.total, "initial": self.book.step, "unit": "step", "mininterval": 0.5}
+            with tqdm(disable=not self.progress, **bar) as self.bar:
+                for index in range(self.book.phase, len(self.problem.phases)):
+                    if index > self.book.phase:
+                        carry = self._start(index, carry)
+                    carry = self._train_phase(carry)
             return self._finish(carry)
         finally:
-            self.bar.close()
             if self.writer:
                 self.writer.close()
             if self.checkpoints:
@@ -106,8 +107,8 @@ class _Trainer:
             carry, book = found
             self.book = Book(**book)
             self.begun -= self.book.seconds
-            self.bar.update(self.book.step)
-            logging.info("resumed from step %d", self.book.step)
+            if self.progress:
+                tqdm.write(f"resuming from step {self.book.step} of {self.total}")
         if is_main():
             self.writer = MetricsWriter(self.workdir, self.book.step)
         return carry

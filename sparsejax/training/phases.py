@@ -27,7 +27,8 @@ class Phase:
 
     Attributes:
       name: shown in the metrics and the summary.
-      method: `config.method` for this phase; None trains with the masks carried from phase to phase.
+      method: `config.method` for this phase; None trains with the masks that the phase before left, full ones
+        after a dense phase.
       steps: the length of the schedules; the phase ends at this step.
       start: the step it starts at (the rewind step: data order and schedules continue from there).
       prune: fraction of the remaining weights removed by magnitude.
@@ -112,10 +113,10 @@ def imp(
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"config.procedure.rounds must be a positive integer, got {rounds!r}")
     if config["method"]["name"] != "dense":
-        raise ValueError(f"procedure 'imp' finds its own masks: set config.method.name to 'dense', "
-                         f"not {config['method']['name']!r}")  # fmt: skip
+        name = config["method"]["name"]
+        raise ValueError(f"procedure 'imp' finds its own masks: set config.method.name to 'dense', not {name!r}")
     rules = {"include": tuple(include), "exclude": tuple(exclude)}
-    phases = [Phase("round 0", None, config["steps"], anchor=rewind_step, **rules)]
+    phases = [Phase("round 0", config["method"], config["steps"], anchor=rewind_step)]
     keep = control in ("finetune", "learning_rate_rewinding")
     rate = finetune_factor * config["optimizer"]["learning_rate"] if control == "finetune" else None
     for index in range(1, rounds + 1):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax.masks import apply_masks, get_masks
+from sparsejax.masks import apply_masks, get_masks, is_sparsified
 from sparsejax.training import phases as phases_lib
 from sparsejax.training.mesh import batch_placer, place, state_shardings, to_host
 from sparsejax.training.optimizers import build_optimizer
@@ -107,7 +107,8 @@ class Session:
         if split not in self._eval_batches:
             x, y = getattr(self.problem.dataset, split)
             parts = padded_batches(x, y, self.problem.config["eval_batch_size"])
-            self._eval_batches[split] = [jax.device_put(self.put(part)) for part in parts]
+            put = jax.device_put if self.problem.mesh is None else self.put
+            self._eval_batches[split] = [put(part) for part in parts]
         return evaluate(self._eval_step, state, self._eval_batches[split])
 
     def place_like(self, tree, like):
@@ -148,7 +149,8 @@ class Session:
             params = apply_masks(params, masks)
         opt_state = tx.init(params)
         if phase.weights == "rewind" or phase.start:
-            opt_state = _to_device(carry.anchor.opt_state)
+            past = _to_device(carry.anchor.opt_state)
+            opt_state = opt_state._replace(count=past.count, inner_state=past.inner_state)
         if masks is not None:
             opt_state = opt_state._replace(masks=masks)
         return self._carry(params, batch_stats, opt_state, phase.start)._replace(anchor=carry.anchor)
@@ -163,6 +165,8 @@ class Session:
         if phase.method is not None:
             return None
         masks = _to_device(get_masks(carry.state.opt_state))
+        if not any(map(is_sparsified, jax.tree.leaves(masks))):
+            masks = phases_lib.full_masks(carry.state.params, phase.include, phase.exclude)
         if phase.prune:
             masks = phases_lib.prune_remaining(_to_device(carry.state.params), masks, phase)
         if phase.shuffle:

@@ -67,7 +67,7 @@ def summarise(problem: Problem, carry, book) -> dict[str, Any]:
         "steps": book.step,
         "seconds": round(book.seconds, 2),
         # For several phases: all of them, against one dense training of config.steps.
-        "train_flops_ratio": cost / problem.config["steps"],
+        "train_flops_ratio": round(cost / problem.config["steps"], 6),  # densities are float32 sums
         "inference_flops_ratio": flops.inference_flops(macs, densities(host_masks)) / flops.inference_flops(macs),
         "params": total,
         "nonzeros": nonzeros,

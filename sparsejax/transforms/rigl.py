@@ -5,7 +5,7 @@ Every `update_every` steps, in every sparsified leaf with n kept weights and r =
     keep = the n - r kept weights of largest |w|;  grow = the r others of largest |dL/dw|,
 
 where the gradient is that of the masked weights and f(t) = drop_fraction / 2 (1 + cos(pi t / update_end)).
-Grown weights start at zero with fresh optimizer state. On patterns, |w| and |g| are summed over each unit.
+Grown weights start at zero with fresh optimizer state. On patterns, |w| and |g| are averaged over each unit.
 
 Unlike the reference code, the step that changes the masks still updates the surviving weights (`topology`).
 """

@@ -93,10 +93,10 @@ def _change(patterns, masks, magnitudes, momentum, fraction, redistribute):
     for name, pattern in patterns.items():
         active[name] = pattern.reduce(flat["mask"][name])
         kept[name] = topology.drop(active[name], pattern.pool(flat["w"][name]), fraction)
-    counts = {name: topology.count(units) for name, units in active.items()}
+    counts = {name: masks_lib.count(units) for name, units in active.items()}
     free = [name for name, pattern in patterns.items() if isinstance(pattern, Unstructured)]
     if redistribute and len(free) > 1:
-        left = [topology.count(kept[name]) for name in free]
+        left = [masks_lib.count(kept[name]) for name in free]
         share = [jnp.sum(flat["v"][name] * kept[name]) / jnp.maximum(n, 1) for name, n in zip(free, left)]
         grown = divide(
             jnp.stack([counts[name] - n for name, n in zip(free, left)]),
@@ -129,9 +129,13 @@ def divide(dropped, room, share):
     for _ in range(room.size):  # each round fills at least one leaf or leaves only what rounding lost
         open_share = jnp.where(grown < room, share, 0.0)
         portion = open_share / jnp.maximum(jnp.sum(open_share), 1e-30)
-        left = (total - jnp.sum(grown)).astype(jnp.float32)
-        # a hair less than the quota, so that float32 rounding can never overspend
-        grown = jnp.minimum(room, grown + jnp.floor(left * portion * (1 - 1e-6)).astype(jnp.int32))
-    spare = room - grown
-    before = jnp.cumsum(spare) - spare
-    return grown + jnp.clip(total - jnp.sum(grown) - before, 0, spare)
+        left = total - jnp.sum(grown)
+        # rounding must neither lose a whole quota (5.9999) nor overspend in the sum
+        wish = jnp.floor(left.astype(jnp.float32) * portion + 1e-3).astype(jnp.int32)
+        grown += _in_order(jnp.minimum(wish, room - grown), left)
+    return grown + _in_order(room - grown, total - jnp.sum(grown))
+
+
+def _in_order(wish, budget):
+    """Grants wishes from first to last until the budget is spent."""
+    return jnp.clip(budget - (jnp.cumsum(wish) - wish), 0, wish)

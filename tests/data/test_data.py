@@ -130,7 +130,9 @@ def test_fashion_mnist_corrupted_files_are_named(fashion):
     images = folder / "train-images-idx3-ubyte.gz"
     good = images.read_bytes()
     images.write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz cannot be read, it is corrupted or truncated"):
+    with pytest.raises(
+        ValueError, match="train-images-idx3-ubyte.gz cannot be read, it is corrupted or truncated"
+    ):
         load("fashion_mnist", folder)
     images.write_bytes(gzip.compress(gzip.decompress(good)[:-1]))
     with pytest.raises(ValueError, match=r"announces the shape \(12, 28, 28\), but 9407 bytes follow"):
@@ -230,7 +232,10 @@ def test_cifar_corrupted_files_are_named(tmp_path):
     [
         ({"name": "digit"}, "unknown data set 'digit'; did you mean 'digits'"),
         ({"name": "mnist"}, ", ".join(sorted(DATASETS))),
-        ({"name": "digits", "test_fracton": 0.5}, "unknown keyword of data set 'digits': 'test_fracton'; did you"),
+        (
+            {"name": "digits", "test_fracton": 0.5},
+            "unknown keyword of data set 'digits': 'test_fracton'; did you",
+        ),
         ({"name": "digits", "test_fraction": 1.5}, r"test_fraction=1.5 must be in \(0, 1\)"),
         ({"name": "digits", "limit": 5000}, r"limit=5000 must be in \[1, 1078\]"),
         ({"name": "iris", "validation": 90}, r"validation=90 must be in \[0, 89\]"),

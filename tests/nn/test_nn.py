@@ -75,7 +75,9 @@ def test_masks_collection_equals_flax_with_masked_parameters(name, dtype):
     # The gradient is flax's own at the masked weights: dense, not multiplied by the mask.
     masked = jax.tree.map(lambda p, m: np.asarray(p) * np.asarray(m), variables["params"], masks)
     expected = jax.value_and_grad(lambda params: objective(stock, {**variables, "params": params}))(masked)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), (value, gradient), expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), (value, gradient), expected
+    )
     if dtype is bool:
         pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(masks), strict=True)
         assert any(np.any((np.asarray(m) == 0) & (np.asarray(g) != 0)) for g, m in pairs)

@@ -1,11 +1,14 @@
 """`training.run` end to end: what it leaves, what it prints, and what it refuses."""
 
+import dataclasses
 import json
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen
 
@@ -15,6 +18,7 @@ from sparsejax.training.config import resolve
 from sparsejax.training.curves import draw
 from sparsejax.training.problem import load_problem
 from sparsejax.training.session import Session
+from sparsejax.transforms import build
 
 KEYS = {
     "test_accuracy", "test_loss", "sparsity", "steps", "seconds", "train_flops_ratio", "inference_flops_ratio",
@@ -32,7 +36,7 @@ def test_run_leaves_everything_and_returns_when_finished(tiny, tmp_path, capsys)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert json.loads((tmp_path / "config.json").read_text()) == training.resolve(tiny(curves=True))
     assert summary["sparsity"] == pytest.approx(0.8, abs=1e-3)
-    assert summary["test_accuracy"] > 0.7
+    assert summary["test_accuracy"] > 0.5  # chance is 0.1
     assert 0.8 > summary["exploration_rate"] > 0.2
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tensorboard").iterdir())
@@ -83,7 +87,7 @@ def test_random_masks_with_the_densities_of_a_score(tiny, tmp_path):
 
 
 def test_gradual_cost_is_integrated_over_the_run(tiny, tmp_path):
-    method = {"name": "gradual", "sparsity": 0.8, "update_every": 1}
+    method = {"name": "gradual", "sparsity": 0.8, "end": 40, "update_every": 1}
     summary = training.run(tiny(method=method, checkpoint_every=0), tmp_path, progress=False)
     assert summary["inference_flops_ratio"] < summary["train_flops_ratio"] < 1.0
 
@@ -97,14 +101,19 @@ def test_regression_has_a_loss_and_no_accuracy(tiny, tmp_path):
 
 
 def test_batch_statistics_are_trained(tiny):
-    config = resolve(tiny(model={"name": "resnet", "depth": 8}, method={"name": "dense"}, batch_size=8))
-    session = Session(load_problem(config, None))
+    class Normed(linen.Module):
+        @linen.compact
+        def __call__(self, x, train=False):
+            x = x.reshape(len(x), -1)
+            return linen.Dense(10)(linen.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+
+    problem = load_problem(resolve(tiny(method={"name": "dense"})), None)
+    session = Session(dataclasses.replace(problem, model=Normed()))
     carry = session.start(0, None)
-    before = jax.device_get(carry.state.batch_stats)
-    step = session.train_step(session.problem.phases[0], carry.state)
-    state = step(carry.state, next(iter(session.problem.batches(1))))
-    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(state.batch_stats))
-    assert all(jax.tree.leaves(moved))
+    batch = next(iter(session.problem.batches(1)))
+    state = session.train_step(problem.phases[0], carry.state)(carry.state, batch)
+    expected = 0.1 * batch["x"].reshape(64, -1).mean(axis=0)
+    np.testing.assert_allclose(state.batch_stats["BatchNorm_0"]["mean"], expected, atol=1e-6)
 
 
 def test_gradient_is_that_of_the_masked_weights():
@@ -122,11 +131,9 @@ def test_gradient_is_that_of_the_masked_weights():
             jax.debug.callback(lambda g: seen.append(np.asarray(g)), grads["Dense_0"]["kernel"])
             return jax.tree.map(jnp.zeros_like, grads), state
 
-    from sparsejax.transforms import build
-
     params = {"Dense_0": {"kernel": jnp.array([[1.0], [2.0]])}}
     mask = {"Dense_0": {"kernel": jnp.array([[True], [False]])}}
-    opt_state = build("fixed", __import__("optax").sgd(0.1), masks=mask).init(params)
+    opt_state = build("fixed", optax.sgd(0.1), masks=mask).init(params)
     step = step_lib.make_train_step(Linear(), Recorder, None, seed=0)
     batch = {"x": np.array([[1.0, 3.0]], np.float32), "y": np.array([[5.0]], np.float32)}
     jax.block_until_ready(step(step_lib.new_state(params, {}, opt_state), batch))
@@ -179,6 +186,6 @@ def test_unwritable_workdir_is_one_sentence(tiny, tmp_path):
 
 
 def test_missing_matplotlib_is_one_line(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     draw(tmp_path, {"sparsity": 0.5, "train_flops_ratio": 1.0})
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,240 @@
+"""The contract of all transforms, over the registry and over all patterns. A new method joins by registering
+and by adding its schedule to `METHOD_KEYWORDS`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import sparsejax
+from sparsejax import masks as masks_lib
+from sparsejax.patterns import NM, Group
+from sparsejax.target import Target
+
+STEPS = 9
+DYNAMIC = {"update_every": 2, "update_end": 8, "drop_fraction": 0.9}
+METHOD_KEYWORDS = {
+    "dense": {},
+    "fixed": {},
+    "gradual": {"begin": 1, "end": 6, "update_every": 2},
+    "one_shot": {"at": 3, "allocation": "uniform"},
+    "rigl": DYNAMIC,
+    "set_": DYNAMIC,
+    "snfs": DYNAMIC,
+}
+LABELS = {"first/kernel": Group(np.arange(8)[:, None] // 2), "*": Group(np.arange(12)[:, None] // 3)}
+PATTERNS = {
+    "unstructured": ("unstructured", 0.8),
+    "nm": ("2:4", 0.5),
+    "block": ("block:2x3", 0.6),
+    "channel": ("channel", 0.5),
+    "group": (LABELS, 0.5),
+}
+SPARSE = [name for name in METHOD_KEYWORDS if name != "dense"]
+
+
+def test_every_method_is_under_contract():
+    assert set(METHOD_KEYWORDS) == set(sparsejax.transforms.METHODS)
+
+
+def make_params(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "first": {"kernel": jax.random.normal(keys[0], (8, 12)), "bias": jnp.zeros(12)},
+        "second": {"kernel": jax.random.normal(keys[1], (12, 16)), "bias": jnp.ones(16)},
+        "third": {"kernel": jax.random.normal(keys[2], (12, 8))},
+    }
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def make_grads(params, step):
+    """Gradients that do not depend on the parameters, so that no rounding of theirs can feed back into masks."""
+    key = jax.random.fold_in(jax.random.key(1), step)
+
+    def draw(name, leaf):
+        return jax.random.normal(jax.random.fold_in(key, len(name)), leaf.shape).astype(leaf.dtype)
+
+    return masks_lib.map_with_name(draw, params)
+
+
+def build(method, pattern="unstructured", inner=None, **kwargs):
+    target = {}
+    if method != "dense":
+        pattern, sparsity = PATTERNS[pattern]
+        target = {"pattern": pattern, "sparsity": sparsity}
+    inner = optax.adamw(1e-2) if inner is None else inner
+    return sparsejax.transforms.build(method, inner, **METHOD_KEYWORDS[method], **{**target, **kwargs})
+
+
+def train(tx, params, steps=STEPS, jit=True):
+    """Yields (params, state) after every step."""
+
+    def step(params, state, index):
+        updates, state = tx.update(make_grads(params, index), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step) if jit else step
+    state = tx.init(params)
+    for index in range(steps):
+        params, state = step(params, state, index)
+        yield params, state
+
+
+def last(run):
+    *_, final = run
+    return final
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("method", SPARSE)
+def test_masks_on_every_pattern(method, pattern):
+    run = list(train(build(method, pattern), make_params()))
+    for params, state in run:
+        check_zeros_outside(params, sparsejax.get_masks(state))
+    check_units(method, pattern, sparsejax.get_masks(run[-1][1]))
+    check_changes(method, [sparsejax.get_masks(state) for _, state in run])
+
+
+def check_zeros_outside(params, masks):
+    chex.assert_trees_all_equal_structs(masks, params)
+    for param, mask in zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True):
+        assert mask.dtype == bool and mask.shape in ((), param.shape)
+        assert mask.ndim == 0 or not np.asarray(param)[~np.asarray(mask)].any()
+
+
+def check_units(method, pattern, masks):
+    """The masks obey the pattern and keep exactly the target's number of units in every leaf."""
+    rule, sparsity = PATTERNS[pattern]
+    allocation = {"gradual": "uniform", "one_shot": "uniform"}.get(method, "erk")
+    target = Target(sparsity=sparsity, pattern=rule, allocation=allocation)
+    leaves, kept = masks_lib.flatten(masks), {}
+    for name, unit_pattern in target.patterns(make_params()).items():
+        units = unit_pattern.reduce(leaves[name])
+        np.testing.assert_array_equal(unit_pattern.expand(units, leaves[name].shape), leaves[name])
+        if isinstance(unit_pattern, NM):
+            assert (np.asarray(leaves[name]).reshape(-1, 4, leaves[name].shape[1]).sum(1) == 2).all()
+        kept[name] = int(units.sum())
+    moves_between_leaves = method == "snfs" and pattern == "unstructured"
+    expected = target.counts(make_params())
+    assert sum(kept.values()) == sum(expected.values()) if moves_between_leaves else kept == expected
+
+
+def check_changes(method, masks):
+    moves = [sparsejax.churn(old, new) > 0 for old, new in zip(masks, masks[1:], strict=False)]
+    if method in ("set_", "rigl", "snfs"):
+        assert any(moves) and not any(moves[DYNAMIC["update_end"] - 1 :])
+    else:
+        assert not any(moves), "nothing may grow"
+        assert (sparsejax.sparsity(masks[0]) != sparsejax.sparsity(masks[-1])) == (method != "fixed")
+
+
+@pytest.mark.parametrize("method", METHOD_KEYWORDS)
+class TestContract:
+    def test_jit_equals_no_jit(self, method):
+        jitted, plain = (last(train(build(method), make_params(), jit=jit)) for jit in (True, False))
+        chex.assert_trees_all_equal(sparsejax.get_masks(jitted[1]), sparsejax.get_masks(plain[1]))
+        chex.assert_trees_all_close(jitted[0], plain[0], rtol=1e-5)
+
+    def test_scan_equals_loop(self, method):
+        tx, params = build(method), make_params()
+
+        def body(carry, index):
+            params, state = carry
+            updates, state = tx.update(make_grads(params, index), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry = (params, jax.tree.map(jnp.asarray, tx.init(params)))
+        (scanned, state), _ = jax.jit(lambda carry: jax.lax.scan(body, carry, jnp.arange(STEPS)))(carry)
+        looped, loop_state = last(train(tx, params))
+        chex.assert_trees_all_equal(sparsejax.get_masks(state), sparsejax.get_masks(loop_state))
+        chex.assert_trees_all_close(scanned, looped, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        "inner", [optax.adamw(1e-2), optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))]
+    )
+    def test_sparsity_zero_is_the_inner_optimizer_bit_for_bit(self, method, inner):
+        kwargs = {} if method == "dense" else {"sparsity": 0.0}
+        sparse, _ = last(train(build(method, inner=inner, **kwargs), make_params()))
+        plain, _ = last(train(inner, make_params()))
+        chex.assert_trees_all_equal(sparse, plain)
+
+    def test_bfloat16(self, method):
+        for params, state in train(build(method), make_params(jnp.bfloat16)):
+            for param, mask in zip(jax.tree.leaves(params), jax.tree.leaves(sparsejax.get_masks(state)), strict=True):
+                assert param.dtype == jnp.bfloat16
+                assert mask.ndim == 0 or not np.asarray(param, np.float32)[~np.asarray(mask)].any()
+
+    def test_checkpoint_round_trip(self, method, tmp_path):
+        tx = build(method)
+        _, state = last(train(tx, make_params()))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", state)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, state))
+        chex.assert_trees_all_equal(restored, state)
+
+    def test_extra_arguments_reach_the_inner_optimizer(self, method):
+        def update(updates, state, params=None, *, scale, **_):
+            del params
+            return jax.tree.map(lambda g: -scale * g, updates), state
+
+        inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+        tx, params = build(method, inner=inner), make_params()
+        updates, _ = tx.update(make_grads(params, 0), tx.init(params), params, scale=2.0)
+        np.testing.assert_array_equal(updates["first"]["bias"], -2.0 * make_grads(params, 0)["first"]["bias"])
+
+
+INNER = {
+    "adam": optax.adam(1e-2),
+    "lion": optax.lion(1e-2),
+    "rmsprop": optax.rmsprop(1e-2, initial_scale=0.5, momentum=0.9),
+    "adagrad": optax.adagrad(1e-2, initial_accumulator_value=0.25),
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(1e-2),
+    "multi_steps": optax.MultiSteps(optax.adam(1e-2), 1),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), optax.add_decayed_weights(0.1)),
+    "multi_transform": optax.multi_transform(
+        {"a": optax.adam(1e-2), "b": optax.sgd(1e-2, momentum=0.9)},
+        {"first": {"kernel": "a", "bias": "b"}, "second": {"kernel": "b", "bias": "a"}, "third": {"kernel": "a"}},
+    ),
+    "schedule_free": optax.contrib.schedule_free_adamw(1e-2),
+    "amsgrad": optax.amsgrad(1e-2),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("method", ["rigl", "set_"])
+def test_state_outside_the_masks_is_fresh_for_any_inner_optimizer(method, name):
+    """After every step, each per-weight entry of the inner state outside the mask is what `init` gives."""
+    inner = INNER[name]
+    tx = build(method, inner=inner)
+    run = list(train(tx, make_params()))
+    survived_moments = 0
+    for (_, before), (params, state) in zip(run, run[1:], strict=False):
+        masks, old = masks_lib.flatten(state.masks), masks_lib.flatten(before.masks)
+        fresh = jax.tree_util.tree_leaves_with_path(inner.init(jax.tree.map(jnp.zeros_like, params)))
+        values = jax.tree_util.tree_leaves_with_path(state.inner_state)
+        for (path, value), (_, initial) in zip(values, fresh, strict=True):
+            name_of_leaf = masks_lib.path_name(path)
+            for leaf, mask in masks.items():
+                if mask.ndim and name_of_leaf.endswith(leaf) and value.shape == mask.shape:
+                    gone = ~np.asarray(mask & old[leaf])
+                    np.testing.assert_array_equal(np.asarray(value)[gone], np.asarray(initial)[gone])
+                    survived_moments += int((np.asarray(value)[~gone] != np.asarray(initial)[~gone]).sum())
+    assert survived_moments > 0 or name == "adafactor"
+
+
+@pytest.mark.parametrize("method", ["set_", "rigl", "snfs"])
+def test_grown_weights_start_at_zero(method):
+    run = list(train(build(method), make_params()))
+    grown = 0
+    for (_, before), (params, state) in zip(run, run[1:], strict=False):
+        for old, new, param in zip(*map(jax.tree.leaves, (before.masks, state.masks, params)), strict=True):
+            if new.ndim:
+                fresh = np.asarray(new & ~old)
+                grown += fresh.sum()
+                assert not np.asarray(param)[fresh].any()
+    assert grown > 0
