@@ -3,8 +3,9 @@
   python -m experiments.run --config=configs/cifar10_rigl.py \\
     --workdir=/tmp/cifar10_rigl --config.data.data_dir=DIR
 
-This configuration has not been run: it needs the CIFAR-10 binary files and an accelerator (250 epochs; days on
-two CPU cores). The authors report 92.9 % for RigL with ERK at 90 %, 91.5 % for static masks, 93.3 % for pruning.
+This configuration has not been run: it needs the CIFAR-10 binary files and an accelerator (250 epochs; days
+on two CPU cores). The authors report 92.9 % for RigL with ERK at 90 %, 91.5 % for static masks and 93.3 % for
+pruning.
 """
 
 import ml_collections

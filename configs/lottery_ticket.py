@@ -1,4 +1,4 @@
-"""A winning ticket on scikit-learn's digits: iterative magnitude pruning with rewinding (Frankle & Carbin 2019).
+"""A winning ticket on digits: iterative magnitude pruning with rewinding (Frankle & Carbin 2019).
 
   python -m experiments.run --config=configs/lottery_ticket.py --workdir=/tmp/lottery_ticket
 
@@ -19,7 +19,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict({"name": "mlp", "hidden": (300, 100)})
     config.method = ml_collections.ConfigDict({"name": "dense"})
     config.procedure = ml_collections.ConfigDict(
-        {"name": "imp", "rounds": 8, "prune_fraction": 0.3868, "rewind_step": 0, "scope": "global", "control": "ticket"}
+        {
+            "name": "imp",
+            "rounds": 8,
+            "prune_fraction": 0.3868,
+            "rewind_step": 0,
+            "scope": "global",
+            "control": "ticket",
+        }
     )
     config.procedure.final_steps = steps * 3
     config.eval_every = 160

@@ -1,9 +1,9 @@
-"""Sparse training in under a minute: LeNet-300-100 on scikit-learn's digits with RigL, 90 % of the weights zero.
+"""Sparse training in under a minute: LeNet-300-100 on scikit-learn's digits with RigL, 90 % sparse.
 
   python -m experiments.run --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-Reaches 98.1 % test accuracy with 5,430 of 50,610 weights at 0.11 x the dense training FLOPs, in about 17 seconds on
-two CPU cores, most of them compilation.
+Reaches 98.1 % test accuracy with 5,430 of 50,610 weights at 0.11 x the dense training FLOPs, in about 17
+seconds on two CPU cores, most of them compilation.
 """
 
 import ml_collections

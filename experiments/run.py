@@ -4,7 +4,8 @@ Every field can be overridden: `--config.method.sparsity=0.95 --config.steps=500
 interrupted run. On several devices add `--mesh=data:4,model:2`; on several processes also `--coordinator`,
 `--num_processes` and `--process_id`.
 
-Exit codes: 0 finished or stopped by SIGTERM, 1 the loss is not finite, 2 a mistake in the arguments, 130 Ctrl-C.
+Exit codes: 0 finished, or stopped by SIGTERM; 1 the loss is not finite; 2 a mistake in the arguments;
+130 Ctrl-C.
 """
 
 import sys
@@ -15,7 +16,9 @@ from ml_collections import config_flags
 
 from sparsejax import training
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, for example configs/quickstart.py.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The configuration file, for example configs/quickstart.py."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run; the same folder resumes it.")
 _MESH = flags.DEFINE_string("mesh", None, "Devices, for example data:4,model:2; one device if not given.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar and the summary.")

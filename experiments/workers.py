@@ -40,11 +40,8 @@ Function = Callable[[Any, pathlib.Path], dict]
 
 def train(config, workdir: pathlib.Path) -> dict:
     """Executes one run of `sparsejax.training` and gives back its summary."""
-    import jax
-
     from sparsejax import training
 
-    jax.clear_caches()  # Programs of earlier runs are in the persistent cache; they would only fill memory.
     return training.run(config, workdir, progress=False)
 
 

@@ -63,6 +63,11 @@ def dense_masks(params) -> Masks:
     return jax.tree.map(lambda _: jnp.asarray(True), params)
 
 
+def copy_masks(masks) -> Masks:
+    """The same masks in buffers of their own, so that a training step may donate its state."""
+    return jax.tree.map(jnp.array, masks)
+
+
 def is_sparsified(mask) -> bool:
     """Whether a mask leaf belongs to a sparsified parameter (the scalar `True` marks a dense one)."""
     return jnp.ndim(mask) > 0

@@ -148,7 +148,12 @@ class _Trainer:
             return last if every == 0 else last or step % every == 0
 
         evaluate, save = at("eval_every"), self.checkpoints is not None and at("checkpoint_every")
-        due = {"log": evaluate or at("log_every"), "eval": evaluate, "save": save, "anchor": step == phase.anchor}
+        due = {
+            "log": evaluate or at("log_every"),
+            "eval": evaluate,
+            "save": save,
+            "anchor": step == phase.anchor,
+        }
         return tuple(name for name, is_due in due.items() if is_due)
 
     def _boundary(self, phase, carry: Carry, due: tuple[str, ...], stopping: int) -> Carry:
@@ -199,7 +204,10 @@ class _Trainer:
         entry = {"step": book.step}
         if len(self.problem.phases) > 1:
             entry |= {"phase": phase.name, "phase_step": book.phase_step}
-        entry |= {"train_loss": float(meters["loss"]) / count, "train_accuracy": float(meters["correct"]) / count}
+        entry |= {
+            "train_loss": float(meters["loss"]) / count,
+            "train_accuracy": float(meters["correct"]) / count,
+        }
         entry["learning_rate"] = float(schedule(book.phase_step - 1))
         entry |= {key: found[key] for key in ("sparsity", "churn", "exploration_rate") if key in found}
         if evaluate:
@@ -233,7 +241,9 @@ class _Trainer:
         mean = {name: value / phase.length for name, value in self.book.density_steps.items()}
         ratio = training_flops(self.macs, phase.method, mean)
         record = {"name": phase.name, "steps": phase.length, "train_flops_ratio": ratio}
-        return record | {key: entry[key] for key in ("sparsity", "test_loss", "test_accuracy") if key in entry}
+        return record | {
+            key: entry[key] for key in ("sparsity", "test_loss", "test_accuracy") if key in entry
+        }
 
     def _show(self, entry) -> None:
         shown = {"loss": f"{entry['train_loss']:.3f}"}

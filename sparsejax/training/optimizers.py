@@ -71,7 +71,7 @@ def build_optimizer(
     L2 penalty of the papers. `clip_norm` clips the gradient that the optimizer receives by its global norm.
 
     Args:
-      config: `name`, `learning_rate`, `schedule`, `warmup_steps`, keywords of the schedule and of the factory.
+      config: `name`, `learning_rate`, `schedule`, `warmup_steps`, keywords of schedule and factory.
       steps: the length over which the schedule decays.
       rate: a constant learning rate instead of the configured schedule.
 

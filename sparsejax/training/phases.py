@@ -61,7 +61,9 @@ class Phase:
         if not 0 <= self.prune < 1:
             raise ValueError(f"the pruned fraction of a phase must lie in [0, 1), got {self.prune}")
         if not 0 <= self.start < self.steps:
-            raise ValueError(f"the rewind step {self.start} must lie in [0, {self.steps}), the steps of a phase")
+            raise ValueError(
+                f"the rewind step {self.start} must lie in [0, {self.steps}), the steps of a phase"
+            )
 
     @property
     def length(self) -> int:
@@ -114,7 +116,9 @@ def imp(
         raise ValueError(f"config.procedure.rounds must be a positive integer, got {rounds!r}")
     if config["method"]["name"] != "dense":
         name = config["method"]["name"]
-        raise ValueError(f"procedure 'imp' finds its own masks: set config.method.name to 'dense', not {name!r}")
+        raise ValueError(
+            f"procedure 'imp' finds its own masks: set config.method.name to 'dense', not {name!r}"
+        )
     rules = {"include": tuple(include), "exclude": tuple(exclude)}
     phases = [Phase("round 0", config["method"], config["steps"], anchor=rewind_step)]
     keep = control in ("finetune", "learning_rate_rewinding")

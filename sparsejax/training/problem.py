@@ -1,9 +1,10 @@
 """What a configuration names, loaded: the data, the model, its initial variables and the transform."""
 
 import dataclasses
+import functools
 import inspect
+import json
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -50,12 +51,12 @@ class Problem:
         """The seed of everything that is random in the run."""
         return self.config["seed"]
 
-    @cached_property
+    @functools.cached_property
     def sample(self) -> jax.Array:
         """One training input, of shape (1, ...): enough to initialise or trace the model."""
         return jnp.asarray(self.dataset.train[0][:1])
 
-    @cached_property
+    @functools.cached_property
     def _init(self):
         return jax.jit(lambda key, x: self.model.init(key, x, train=False))
 
@@ -82,9 +83,15 @@ def load_problem(config: Mapping, mesh: Mesh | None) -> Problem:
     data = dict(config["data"])
     augment = data.pop("augment", "none")
     phases = expand(config)
-    dataset = sparsejax.data.load(**data)
+    dataset = _load_data(json.dumps(data, sort_keys=True))
     model = sparsejax.models.build(**{"classes": dataset.outputs, **config["model"]})
     return Problem(config, dataset, model, phases, augment, mesh)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_data(keywords: str) -> sparsejax.data.Dataset:
+    """The data set, kept for the next run in this process: tables train many networks on the same one."""
+    return sparsejax.data.load(**json.loads(keywords))
 
 
 # --- the transform -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax.masks import apply_masks, flatten, get_masks, is_sparsified
+from sparsejax.masks import apply_masks, count, flatten, get_masks, is_sparsified
 
 
 class TrainState(NamedTuple):
@@ -61,7 +61,7 @@ def objective(outputs, targets, classes: int | None):
 
 def _densities(masks):
     leaves = [mask for mask in jax.tree.leaves(masks) if is_sparsified(mask)]
-    return jnp.stack([jnp.mean(mask != 0, dtype=jnp.float32) for mask in leaves])
+    return jnp.stack([count(mask != 0) / mask.size for mask in leaves])
 
 
 def make_train_step(model, tx, classes: int | None, seed: int, shardings=None) -> Callable:

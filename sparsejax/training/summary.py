@@ -68,7 +68,8 @@ def summarise(problem: Problem, carry, book) -> dict[str, Any]:
         "seconds": round(book.seconds, 2),
         # For several phases: all of them, against one dense training of config.steps.
         "train_flops_ratio": round(cost / problem.config["steps"], 6),  # densities are float32 sums
-        "inference_flops_ratio": flops.inference_flops(macs, densities(host_masks)) / flops.inference_flops(macs),
+        "inference_flops_ratio": flops.inference_flops(macs, densities(host_masks))
+        / flops.inference_flops(macs),
         "params": total,
         "nonzeros": nonzeros,
         "params_sha256": tree_sha256(host_params),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.masks import Masks
+from sparsejax.masks import Masks, copy_masks
 from sparsejax.target import Target
 from sparsejax.topology import masked_step
 
@@ -41,7 +41,7 @@ def fixed(
     aim = Target(**target) if masks is None else None
 
     def init(params):
-        chosen = masks if aim is None else aim.random_masks(jax.random.key(seed), params)
+        chosen = copy_masks(masks) if aim is None else aim.random_masks(jax.random.key(seed), params)
         return FixedState(jnp.zeros([], jnp.int32), chosen, inner.init(params))
 
     def update(grads, state, params=None, **extra_args):

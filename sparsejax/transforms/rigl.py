@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax import scores, topology
-from sparsejax.masks import Masks, apply_masks
+from sparsejax.masks import Masks, apply_masks, copy_masks
 from sparsejax.schedules import drop_fraction_schedule, updates_due
 from sparsejax.target import Target
 
@@ -56,7 +56,7 @@ def rigl(
 
     def init(params):
         masks = aim.random_masks(jax.random.key(seed), params)
-        return RigLState(jnp.zeros([], jnp.int32), masks, masks, inner.init(params))
+        return RigLState(jnp.zeros([], jnp.int32), masks, copy_masks(masks), inner.init(params))
 
     def update(grads, state, params=None, **extra_args):
         patterns = aim.patterns(params)

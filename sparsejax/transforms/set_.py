@@ -17,7 +17,7 @@ import optax
 
 from sparsejax import masks as masks_lib
 from sparsejax import scores, topology
-from sparsejax.masks import Masks, apply_masks
+from sparsejax.masks import Masks, apply_masks, copy_masks
 from sparsejax.schedules import drop_fraction_schedule, updates_due
 from sparsejax.target import Target, random_units
 
@@ -62,7 +62,7 @@ def set_(
         key, growth = jax.random.split(jax.random.key(seed))
         masks = aim.random_masks(key, params)
         return SetState(
-            jnp.zeros([], jnp.int32), jax.random.key_data(growth), masks, masks, inner.init(params)
+            jnp.zeros([], jnp.int32), jax.random.key_data(growth), masks, copy_masks(masks), inner.init(params)
         )
 
     def update(grads, state, params=None, **extra_args):

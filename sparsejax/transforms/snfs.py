@@ -17,7 +17,7 @@ import optax
 
 from sparsejax import masks as masks_lib
 from sparsejax import scores, topology
-from sparsejax.masks import Masks, apply_masks
+from sparsejax.masks import Masks, apply_masks, copy_masks
 from sparsejax.patterns import Unstructured
 from sparsejax.schedules import drop_fraction_schedule, updates_due
 from sparsejax.target import Target
@@ -66,7 +66,7 @@ def snfs(
     def init(params):
         masks = aim.random_masks(jax.random.key(seed), params)
         momentum = jax.tree.map(lambda mask: jnp.zeros(mask.shape, jnp.float32), masks)
-        return SnfsState(jnp.zeros([], jnp.int32), masks, masks, momentum, inner.init(params))
+        return SnfsState(jnp.zeros([], jnp.int32), masks, copy_masks(masks), momentum, inner.init(params))
 
     def update(grads, state, params=None, **extra_args):
         patterns = aim.patterns(params)

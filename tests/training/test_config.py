@@ -63,8 +63,14 @@ def test_mistakes_get_one_sentence(fields, message):
         ({"data": {"name": "digit"}}, "'digit'; did you mean 'digits'"),
         ({"model": {"name": "mlpp"}}, "'mlpp'; did you mean 'mlp'"),
         ({"method": {"name": "rigll"}}, "'rigll'; did you mean 'rigl'"),
-        ({"method": {"name": "rigl", "sparsity": 0.5, "update_evry": 3}}, "'update_evry'; did you mean 'update_every'"),
-        ({"method": {"name": "fixed", "sparsity": 0.5, "score": "snap"}}, "unknown score 'snap'; did you mean 'snip'"),
+        (
+            {"method": {"name": "rigl", "sparsity": 0.5, "update_evry": 3}},
+            "'update_evry'; did you mean 'update_every'",
+        ),
+        (
+            {"method": {"name": "fixed", "sparsity": 0.5, "score": "snap"}},
+            "unknown score 'snap'; did you mean 'snip'",
+        ),
         ({"optimizer": {"name": "sdg", "learning_rate": 1.0}}, "unknown optimizer 'sdg'; did you mean 'sgd'"),
         ({"optimizer": {"name": "sgd", "momentun": 0.9}}, "'momentun'; did you mean 'momentum'"),
         ({"optimizer": {"name": "sgd", "schedule": "cosin"}}, "'cosin'; did you mean 'cosine'"),
@@ -84,7 +90,13 @@ def test_every_optax_optimizer_with_a_learning_rate_is_known():
 
 
 def test_weight_decay_is_the_l2_penalty_for_sgd():
-    config = {"name": "sgd", "learning_rate": 0.5, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.1}
+    config = {
+        "name": "sgd",
+        "learning_rate": 0.5,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+    }
     tx, _ = build_optimizer(config, 10)
     gradient, weight = jnp.array(1.0), jnp.array(4.0)
     updates, _ = tx.update(gradient, tx.init(weight), weight)
@@ -92,7 +104,13 @@ def test_weight_decay_is_the_l2_penalty_for_sgd():
 
 
 def test_schedules_match_optax():
-    config = {"learning_rate": 0.3, "warmup_steps": 10, "schedule": "cosine", "final_factor": 0.1, "name": "sgd"}
+    config = {
+        "learning_rate": 0.3,
+        "warmup_steps": 10,
+        "schedule": "cosine",
+        "final_factor": 0.1,
+        "name": "sgd",
+    }
     _, schedule = build_optimizer(config, 110)
     expected = optax.warmup_cosine_decay_schedule(0.0, 0.3, 10, 110, end_value=0.03)
     for step in (0, 5, 10, 60, 109):

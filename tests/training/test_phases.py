@@ -118,7 +118,9 @@ def test_tickets_are_nested_and_rewound(tiny):
     assert int(second.state.step) == int(second.state.opt_state.count) == 6
     masks = jax.device_get(masks)  # the next step donates them
     third = session.start(2, trained(session, 1, second))
-    nested = jax.tree.map(lambda new, old: bool(np.all(old | ~np.asarray(new))), get_masks(third.state.opt_state), masks)
+    nested = jax.tree.map(
+        lambda new, old: bool(np.all(old | ~np.asarray(new))), get_masks(third.state.opt_state), masks
+    )
     assert all(jax.tree.leaves(nested))
     assert sparsity(get_masks(third.state.opt_state)) == pytest.approx(0.75, abs=1e-3)
 
@@ -129,7 +131,9 @@ def test_controls_differ_only_where_they_should(tiny):
         session = Session(load_problem(resolve(imp(tiny, rounds=1, control=control)), None))
         end = trained(session, 0, session.start(0, None))
         found[control] = end, session.start(1, end)
-    masks = {name: get_masks(start.state.opt_state)["dense_0"]["kernel"] for name, (_, start) in found.items()}
+    masks = {
+        name: get_masks(start.state.opt_state)["dense_0"]["kernel"] for name, (_, start) in found.items()
+    }
     weights = {name: start.state.params["dense_0"]["kernel"] for name, (_, start) in found.items()}
     np.testing.assert_array_equal(masks["reinit"], masks["ticket"])
     assert (weights["reinit"] != weights["ticket"])[masks["ticket"]].all()

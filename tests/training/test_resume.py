@@ -54,9 +54,13 @@ def test_crash_between_last_checkpoint_and_summary(tiny, uninterrupted, unfinish
 
 def damage(folder, how):
     """Truncates, empties or zeroes the largest array file of a checkpoint."""
-    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     size = largest.stat().st_size
-    largest.write_bytes({"truncated": largest.read_bytes()[: size // 2], "empty": b"", "zeros": bytes(size)}[how])
+    largest.write_bytes(
+        {"truncated": largest.read_bytes()[: size // 2], "empty": b"", "zeros": bytes(size)}[how]
+    )
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "zeros", "missing"])
@@ -107,7 +111,12 @@ def test_signal_saves_and_resumes(tiny, uninterrupted, tmp_path, monkeypatch, ca
 
 # --- real processes ----------------------------------------------------------------------------------
 
-FAST = ("--config.steps=1500", "--config.checkpoint_every=60", "--config.log_every=50", "--config.curves=False")
+FAST = (
+    "--config.steps=1500",
+    "--config.checkpoint_every=60",
+    "--config.log_every=50",
+    "--config.curves=False",
+)
 
 
 def wait_for(condition, process, seconds=120):

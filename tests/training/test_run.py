@@ -21,8 +21,9 @@ from sparsejax.training.session import Session
 from sparsejax.transforms import build
 
 KEYS = {
-    "test_accuracy", "test_loss", "sparsity", "steps", "seconds", "train_flops_ratio", "inference_flops_ratio",
-    "params", "nonzeros", "params_sha256", "masks_sha256", "config_hash", "exploration_rate",
+    "test_accuracy", "test_loss", "sparsity", "steps", "seconds", "train_flops_ratio",
+    "inference_flops_ratio", "params", "nonzeros", "params_sha256", "masks_sha256", "config_hash",
+    "exploration_rate",
 }  # fmt: skip
 
 
@@ -164,7 +165,9 @@ def test_measure_masks_agrees_with_the_library():
 def test_non_finite_loss_stops_with_the_step(tiny, tmp_path):
     config = tiny(method={"name": "dense"}, steps=200, eval_every=0, log_every=1, checkpoint_every=1)
     config.optimizer.learning_rate = 1e12
-    with pytest.raises(FloatingPointError, match=r"stopped being finite at step \d+; the last good checkpoint, of step"):
+    with pytest.raises(
+        FloatingPointError, match=r"stopped being finite at step \d+; the last good checkpoint, of step"
+    ):
         training.run(config, tmp_path, progress=False)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert kept and not (tmp_path / "summary.json").exists()

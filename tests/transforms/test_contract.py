@@ -37,7 +37,7 @@ SPARSE = [name for name in METHOD_KEYWORDS if name != "dense"]
 
 
 def test_every_method_is_under_contract():
-    assert set(METHOD_KEYWORDS) == set(sparsejax.transforms.METHODS)
+    assert set(METHOD_KEYWORDS) == set(sparsejax.transforms.METHODS) <= set(sparsejax.flops.TRAINING)
 
 
 def make_params(dtype=jnp.float32):
@@ -166,6 +166,14 @@ class TestContract:
             for param, mask in zip(jax.tree.leaves(params), jax.tree.leaves(sparsejax.get_masks(state)), strict=True):
                 assert param.dtype == jnp.bfloat16
                 assert mask.ndim == 0 or not np.asarray(param, np.float32)[~np.asarray(mask)].any()
+
+    def test_the_state_can_be_donated(self, method):
+        tx, params = build(method), make_params()
+        state = tx.init(params)
+        step = jax.jit(tx.update, donate_argnums=1)
+        for index in range(3):
+            _, state = step(make_grads(params, index), state, params)
+        assert int(state.count) == 3
 
     def test_checkpoint_round_trip(self, method, tmp_path):
         tx = build(method)

@@ -1,0 +1,81 @@
+"""Selection and every transform give the same masks on eight (virtual) devices as on one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SELECTION = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from sparsejax.selection import global_top_k_masks, top_k_mask
+
+assert jax.device_count() == 8
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+
+def shard(x, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+for seed, shape, specs in [
+    (0, (64, 48), [("data", "model"), (None, "model"), (("data", "model"),), ("model", "data")]),
+    (1, (8, 3, 20), [("data", None, "model"), ("model",)]),
+]:
+    scores = jax.random.normal(jax.random.key(seed), shape).round(1)  # many ties
+    for spec in specs:
+        sharded = shard(scores, *spec)
+        for k in (1, 77, scores.size // 2):
+            assert (top_k_mask(sharded, k) == top_k_mask(scores, k)).all(), (shape, spec, k)
+        for axis in range(len(shape)):
+            assert (top_k_mask(sharded, 2, axis) == top_k_mask(scores, 2, axis)).all(), (shape, spec, axis)
+tree = {"a": jax.random.normal(jax.random.key(2), (16, 40)).round(1), "b": jax.random.normal(jax.random.key(3), (24, 8)).round(1)}
+sharded = {"a": shard(tree["a"], "data", "model"), "b": shard(tree["b"], None, ("data", "model"))}
+for k in (5, 300):
+    one, many = global_top_k_masks(tree, k), global_top_k_masks(sharded, k)
+    assert all((one[name] == many[name]).all() for name in tree) and sum(int(m.sum()) for m in many.values()) == k
+wide = shard(jax.random.normal(jax.random.key(4), (64, 512)), "data", "model")
+text = jax.jit(top_k_mask).lower(wide, 5).compile().as_text()
+assert "all-reduce" in text and "all-gather" not in text, "a pass is one all-reduce of a count"
+print("same")
+"""
+
+TRANSFORMS = """
+import jax, jax.numpy as jnp, numpy as np, optax, sparsejax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+mesh = Mesh(np.array(jax.devices()), ("model",))
+params = {"a": {"kernel": jax.random.normal(jax.random.key(0), (32, 24)), "bias": jnp.zeros(24)},
+          "b": {"kernel": jax.random.normal(jax.random.key(1), (24, 16))}}
+keywords = {"gradual": {"end": 5, "update_every": 2}, "one_shot": {"at": 2}, "fixed": {}}
+dynamic = {"update_every": 2, "drop_fraction": 0.5}
+
+def spread(tree):
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("model") if x.ndim == 2 else P())), tree)
+
+def final_masks(tx, params, place):
+    state = place(tx.init(params))
+    params = place(params)
+    step = jax.jit(tx.update)
+    for index in range(7):
+        grads = jax.tree.map(lambda x: jnp.sin(1e3 * x + index), params)
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return sparsejax.get_masks(state)
+
+for name in sparsejax.transforms.METHODS:
+    if name == "dense":
+        continue
+    patterns = {"unstructured": 0.8} | ({"2:4": 0.5, "block:4x2": 0.5} if name == "rigl" else {})
+    for pattern, sparsity in patterns.items():
+        tx = sparsejax.transforms.build(name, optax.sgd(0.0), sparsity=sparsity, pattern=pattern, **keywords.get(name, dynamic))
+        one, many = final_masks(tx, params, lambda tree: tree), final_masks(tx, params, spread)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), one, many))), (name, pattern)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("script", [SELECTION, pytest.param(TRANSFORMS, marks=pytest.mark.slow)], ids=["selection", "transforms"])
+def test_sharded_equals_unsharded(script):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
