@@ -125,23 +125,74 @@ def _pairwise_ranks(keys, axis):
 
 
 def _select(keys, k, axis):
-    """Masks of the k largest of a list of key arrays taken together (along `axis` if there is one)."""
+    """Masks of the k largest of a list of key arrays taken together (along `axis` if there is one).
+
+    The search is over pairs (key, reversed position), which are all different. It stops as soon as exactly k
+    entries reach the threshold, which without ties is before the first digit of the position.
+    """
     sizes = [key.size if axis is None else key.shape[axis] for key in keys]
+    offsets = np.cumsum([0, *sizes[:-1]])
+    entries = [(key, ~_position(key.shape, axis, offset)) for key, offset in zip(keys, offsets, strict=True)]
     k = jnp.minimum(jnp.maximum(k, 0).astype(jnp.uint32), jnp.uint32(sum(sizes)))
-    threshold, above = _kth_largest(keys, k, axis)
-    equal = [key == threshold for key in keys]
-    wanted = k - above
-    excess = jnp.any(_count(equal, axis) != wanted)
+    threshold, last = _kth_largest(entries, k, sum(sizes), axis)
+    return [((key > threshold) | ((key == threshold) & (order >= last))) & (k > 0) for key, order in entries]
 
-    def first_positions():
-        offsets = np.cumsum([0, *sizes[:-1]])
-        reverse = [~_position(key.shape, axis, offset) for key, offset in zip(keys, offsets, strict=True)]
-        ties = [jnp.where(flag, order, jnp.uint32(0)) for flag, order in zip(equal, reverse, strict=True)]
-        last, _ = _kth_largest(ties, wanted, axis)
-        return [(tie >= last) & (wanted > 0) for tie in ties]
 
-    chosen = lax.cond(excess, first_positions, lambda: equal)
-    return [(key > threshold) | flag for key, flag in zip(keys, chosen, strict=True)]
+def _kth_largest(entries, k, size: int, axis):
+    """The k-th largest (key, order), up to digits that do not matter any more (they are 0)."""
+    unsigned = entries[0][0].dtype
+    rows = () if axis is None else _row_shape(entries[0][0].shape, axis)
+    last_digit = unsigned.itemsize + 4  # a position is 4 bytes
+
+    def next_digit(carry):
+        i, threshold, last, above, at_least = carry
+        in_key = i < unsigned.itemsize
+        shift = _DIGIT * (jnp.where(in_key, unsigned.itemsize, last_digit) - 1 - i)
+        digits = [_digit(*entry, threshold, last, in_key, shift) for entry in entries]
+
+        def next_bit(j, found):
+            digit, rejected, at_least = found
+            trial = digit | (jnp.uint8(1 << (_DIGIT - 1)) >> j.astype(jnp.uint8))
+            reached = above + sum(count(values >= trial, axis) for values in digits)
+            accept = reached >= k
+            return (
+                jnp.where(accept, trial, digit),
+                jnp.where(accept, rejected, reached),
+                jnp.where(accept, reached, at_least),
+            )
+
+        # what the last rejected trial reached is what lies above the digit: all later bits are ones
+        found = lax.fori_loop(0, _DIGIT, next_bit, (jnp.zeros(rows, jnp.uint8), above, at_least))
+        digit, above, at_least = found
+        threshold = jnp.where(in_key, threshold | (digit.astype(unsigned) << shift.astype(unsigned)), threshold)
+        last = jnp.where(in_key, last, last | (digit.astype(jnp.uint32) << shift.astype(jnp.uint32)))
+        return i + 1, threshold, last, above, at_least
+
+    def unfinished(carry):
+        i, *_, at_least = carry
+        return (i < last_digit) & jnp.any(at_least != k)
+
+    zero = jnp.zeros(rows, jnp.uint32)
+    start = (jnp.int32(0), jnp.zeros(rows, unsigned), zero, zero, jnp.full(rows, size, jnp.uint32))
+    _, threshold, last, _, _ = lax.while_loop(unfinished, next_digit, start)
+    return threshold, last
+
+
+def _digit(key, order, threshold, last, in_key, shift):
+    """The 8 bits at `shift` of the key (or the order) of entries that share all digits found so far, else 0.
+
+    Entries above were counted in an earlier phase, entries below can no longer matter, and the smallest trial is
+    1. The barrier keeps XLA from recomputing the digits in every counting pass.
+    """
+    of_key = _byte(key, threshold, shift, True)
+    of_order = _byte(order, last, shift, key == threshold)
+    return lax.optimization_barrier(jnp.where(in_key, of_key, of_order))
+
+
+def _byte(values, prefix, shift, candidates):
+    shift = shift.astype(values.dtype)
+    same = ((values >> shift) >> _DIGIT == (prefix >> shift) >> _DIGIT) & candidates
+    return jnp.where(same, (values >> shift).astype(jnp.uint8), jnp.uint8(0))
 
 
 def _position(shape, axis, offset):
@@ -155,45 +206,5 @@ def _position(shape, axis, offset):
     return index
 
 
-def _kth_largest(keys, k, axis):
-    """The k-th largest key, and how many keys are larger. `k = 0` gives the largest possible key."""
-    unsigned = keys[0].dtype
-    digits = unsigned.itemsize
-    rows = () if axis is None else _row_shape(keys[0].shape, axis)
-
-    def next_digit(i, carry):
-        threshold, above = carry
-        shift = ((digits - 1 - i) * _DIGIT).astype(unsigned)
-        current = [_digit(key, threshold, shift) for key in keys]
-
-        def larger(digit):
-            return _count([values > digit for values in current], axis)
-
-        def next_bit(j, digit):
-            trial = digit | (jnp.uint8(1 << (_DIGIT - 1)) >> j.astype(jnp.uint8))
-            return jnp.where(above + larger(trial - jnp.uint8(1)) >= k, trial, digit)
-
-        digit = lax.fori_loop(0, _DIGIT, next_bit, jnp.zeros(rows, jnp.uint8))
-        return threshold | (digit.astype(unsigned) << shift), above + larger(digit)
-
-    return lax.fori_loop(0, digits, next_digit, (jnp.zeros(rows, unsigned), jnp.zeros(rows, jnp.uint32)))
-
-
-def _digit(key, prefix, shift):
-    """The 8 bits at `shift` of the keys that share the prefix found so far, 0 for all others.
-
-    Keys above the prefix were counted in an earlier phase, keys below can no longer matter. The barrier
-    keeps XLA from recomputing the digits in every counting pass.
-    """
-    same = (key >> shift) >> _DIGIT == (prefix >> shift) >> _DIGIT
-    digit = jnp.where(same, (key >> shift).astype(jnp.uint8), jnp.uint8(0))
-    return lax.optimization_barrier(digit)
-
-
 def _row_shape(shape, axis):
     return shape[:axis] + (1,) + shape[axis + 1 :]
-
-
-def _count(flags, axis):
-    """How many are True: over all arrays together, or along `axis` with its dimension kept."""
-    return sum(count(flag, axis) for flag in flags)
