@@ -64,7 +64,7 @@ def uniform_plus(
     """
     fixed = dict.fromkeys(_first(leaves, first), 1.0)
     rate = _common_density("uniform_plus", leaves, masks.check_sparsity(sparsity), fixed)
-    tail = [name for name in _last(leaves, last) if name not in fixed]
+    tail = [name for name in last_leaves(leaves, last) if name not in fixed]
     if rate < last_density and tail:
         fixed |= dict.fromkeys(tail, last_density)
         rate = _common_density("uniform_plus", leaves, sparsity, fixed)
@@ -95,7 +95,7 @@ def erk_plus(leaves, sparsity: float, *, power: float = 1.0, last: str | None = 
       ValueError: if the dense classifier alone needs the whole budget.
     """
     ratio = _kernel_ratio(leaves, power)
-    return _proportional("erk_plus", leaves, masks.check_sparsity(sparsity), ratio, dense=_last(leaves, last))
+    return _proportional("erk_plus", leaves, masks.check_sparsity(sparsity), ratio, dense=last_leaves(leaves, last))
 
 
 # --- rules on values ---------------------------------------------------------------------------------
@@ -322,7 +322,8 @@ def _first(leaves, rule: str | None) -> list[str]:
     return _preferred([name for name, leaf in leaves.items() if len(leaf.shape) == 4], FIRST)[:1]
 
 
-def _last(leaves, rule: str | None) -> list[str]:
+def last_leaves(leaves, rule: str | None = None) -> list[str]:
+    """The classifier's paths: the leaves that `rule` matches, or the one found as the module docstring says."""
     if rule is not None:
         return _chosen("last", leaves, rule)
     matrices = [name for name, leaf in leaves.items() if len(leaf.shape) == 2]

@@ -68,6 +68,19 @@ def copy_masks(masks) -> Masks:
     return jax.tree.map(jnp.array, masks)
 
 
+def check_masks(masks, params) -> None:
+    """Raises ValueError, naming the first leaf, unless the masks fit the parameters."""
+    found, leaves = flatten(masks), flatten(params)
+    for name in (*leaves, *found):
+        if name not in found or name not in leaves:
+            raise ValueError(f"masks and parameters must have the same leaves, but only one of them has {name!r}")
+        if jnp.shape(found[name]) not in ((), jnp.shape(leaves[name])):
+            raise ValueError(
+                f"the mask of {name} has shape {jnp.shape(found[name])}; it must be a scalar or of the parameter's "
+                f"shape {jnp.shape(leaves[name])}"
+            )
+
+
 def is_sparsified(mask) -> bool:
     """Whether a mask leaf belongs to a sparsified parameter (the scalar `True` marks a dense one)."""
     return jnp.ndim(mask) > 0
@@ -117,6 +130,20 @@ def map_with_name(function, tree, *rest):
     )
 
 
+def owner(path, owners: Mapping):
+    """The value in `owners`, by parameter path, that a leaf of an optimizer state belongs to, or None.
+
+    It is that of the longest parameter path that the leaf's own path ends with: the moments of
+    `params["a"]["kernel"]` end in `["a"]["kernel"]` wherever an Optax chain keeps them.
+
+    Args:
+      path: key path of the leaf, as `jax.tree_util.tree_map_with_path` gives it.
+      owners: {key path of a parameter: anything}; it must hold all parameters, or a leaf could be taken for that
+        of a parameter with a shorter path.
+    """
+    return next((owners[path[start:]] for start in range(len(path) + 1) if path[start:] in owners), None)
+
+
 def matches(name: str, rules: Iterable[str]) -> bool:
     """Whether a path name matches one of the shell patterns in `rules`."""
     return any(fnmatch.fnmatchcase(name, rule) for rule in rules)
@@ -147,18 +174,19 @@ def sparsifiable(params, include: Iterable[str] = INCLUDE, exclude: Iterable[str
       include, exclude: shell patterns on path names.
 
     Raises:
-      ValueError: if nothing is selected, or a pattern that names leaves matches none.
+      ValueError: if nothing is selected, or a pattern (other than those of `INCLUDE`) matches no leaf.
     """
     include, exclude = _rules(include), _rules(exclude)
     leaves = flatten(params)
-    for rule in exclude:
-        if not any(matches(name, (rule,)) for name in leaves):
-            raise ValueError(f"exclude rule {rule!r} matches no parameter (parameters: {', '.join(leaves)})")
     chosen = {
         name: leaf
         for name, leaf in leaves.items()
         if len(leaf.shape) >= 2 and matches(name, include) and not matches(name, exclude)
     }
+    for kind, rules in (("include", set(include) - set(INCLUDE)), ("exclude", exclude)):
+        for rule in rules:
+            if chosen and not any(matches(name, (rule,)) for name in leaves):
+                raise ValueError(f"{kind} rule {rule!r} matches no parameter (parameters: {', '.join(leaves)})")
     if not chosen:
         raise ValueError(
             f"include={list(include)} and exclude={list(exclude)} select no parameter with two or more axes "
@@ -177,8 +205,10 @@ def _rules(rules) -> tuple[str, ...]:
 def count(flags, axis: int | None = None):
     """How many entries of a bool array are True, as uint32: in all, or along `axis` with it kept.
 
-    Groups of neighbours are first summed in uint8, which XLA on a CPU vectorises; a plain bool-to-int sum takes
-    four times as long.
+    Groups of 8 (and then 16) neighbours are first summed in uint8, which XLA on a CPU vectorises; a plain
+    bool-to-int sum takes four times as long. On a sharded array the only communication is that of the count,
+    provided that each device's part of the last axis (or of `axis`) is a multiple of 128, or of 8 if that axis has
+    fewer than 128 entries; otherwise XLA moves flags between devices to form the groups.
     """
     if axis is not None:
         return jnp.sum(_group_sums(flags, axis, 8), axis=axis, keepdims=True, dtype=jnp.uint32)

@@ -100,7 +100,7 @@ def synflow(params, forward, input_shape):
     activations being non-negative, a network of affine layers, ReLU and pooling without (or with zero)
     biases is linear in its input: R(a x) = a R(x) for any a > 0, so every dR/dw is multiplied by the same a b
     and the ranking is unchanged, also across skip connections, where rescaling layers would change it. This
-    covers R up to about 1e74; beyond, scores are NaN.
+    covers R up to about 1e74; beyond, scores are NaN. Where R falls below 1e-38, scores underflow to zero.
 
     Args:
       params: the parameters; biases and norm scales take their absolute values too.
@@ -123,12 +123,12 @@ def synflow(params, forward, input_shape):
     return jax.tree.map(lambda weight, grad: jnp.abs(weight * _float32(grad)), positive, grads)
 
 
-# The scores that a transform can evaluate at any step, with one signature (params, grads) -> tree.
+# The scores that a transform can evaluate at any step, with one signature (params, grads) -> tree. Movement is not
+# among them: it has to be summed over steps.
 SCORES = {
     "magnitude": lambda params, grads: magnitude(params),
     "gradient": lambda params, grads: gradient(grads),
     "taylor": taylor,
-    "movement": movement,
 }
 
 

@@ -5,8 +5,8 @@ by digit (8 bits at a time, most significant first): each bit of the digit costs
 uint8 array. Equal scores at the threshold are chosen by lowest position, with the same search over
 positions, so the number of selected entries is always exactly k.
 
-Each pass only counts. On sharded arrays a pass is therefore one scalar all-reduce, and the same code gives
-an exact global threshold over a whole tree on a whole mesh.
+Each pass only counts. On sharded arrays a pass is therefore one scalar all-reduce (for shards of ordinary sizes,
+see `masks.count`), and the same code gives an exact global threshold over a whole tree on a whole mesh.
 
 Order: +inf is largest, -inf smallest, -0.0 equals 0.0, NaN ranks below everything. Scores may be bfloat16,
 float16, float32 or (with x64 enabled) float64, or integers.
@@ -87,7 +87,7 @@ def _global_masks(leaves, k, candidates, keep):
 def _top_k_mask(scores, k, candidates, keep, axis):
     keys = _ordered(scores, candidates, keep)
     if axis is not None and scores.shape[axis] <= _PAIRWISE:
-        return _pairwise_ranks(keys, axis) < k.astype(jnp.int32)
+        return _pairwise_ranks(keys, axis) < jnp.clip(k, 0, scores.shape[axis]).astype(jnp.int32)
     return _select([keys], k, axis)[0]
 
 

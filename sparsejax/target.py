@@ -25,13 +25,15 @@ _BY_VALUE = {"global": lambda scores: scores, "lamp": allocations.lamp_scores}
 class Target:
     """What a sparse model should look like.
 
-    The kept weights total round((1 - sparsity) N) of the N weights of the sparsified leaves; exactly for
-    `Unstructured`, to within half of the largest unit for blocks, channels and groups. An N:M leaf keeps n of
-    every m whatever the allocation says. At `sparsity=0` every leaf is dense.
+    The kept weights total round((1 - sparsity) N) of the N weights of the sparsified leaves: exactly for
+    `Unstructured`, to within half of the largest unit where all units of a leaf are equally large (channels, blocks
+    that divide the shape). Ragged blocks and unequal groups count as their leaf's average unit, so that the
+    sparsity reached may be further off; `sparsejax.sparsity` tells it. An N:M leaf keeps n of every m whatever the
+    allocation says. At `sparsity=0` every leaf is dense.
 
     Args:
-      sparsity: fraction of zeros in [0, 1). Not used (and may be None) with an explicit allocation; with
-        N:M alone it must be 1 - N/M, or None.
+      sparsity: fraction of zeros in [0, 1). An explicit allocation replaces it (it becomes None); with N:M
+        alone it must be 1 - N/M, or None.
       allocation: a name of `sparsejax.allocation.ALLOCATIONS`, a mapping {path pattern: sparsity}, or a
         function `f(leaves, sparsity) -> {path: sparsity}`.
       pattern: a pattern, its name in a config (see `patterns.parse`), or a mapping {path pattern: pattern}
@@ -50,6 +52,8 @@ class Target:
         rules = {rule: patterns_lib.parse(pattern) for rule, pattern in rules.items()}
         object.__setattr__(self, "pattern", rules)
         nm = {pattern.sparsity for pattern in rules.values() if isinstance(pattern, NM)}
+        if isinstance(self.allocation, Mapping):
+            object.__setattr__(self, "sparsity", None)
         sparsity, only_nm = self.sparsity, all(isinstance(pattern, NM) for pattern in rules.values())
         if isinstance(self.allocation, str):
             masks_lib.choose("allocation", self.allocation, allocations.ALLOCATIONS)
@@ -81,6 +85,9 @@ class Target:
                 raise ValueError(f"no pattern rule matches {name!r} (rules: {', '.join(self.pattern)})")
             self.pattern[rule].check(name, leaf.shape)
             chosen[name] = self.pattern[rule]
+        for rule in self.pattern:
+            if rule != "*" and not any(masks_lib.matches(name, (rule,)) for name in chosen):
+                raise ValueError(f"pattern rule {rule!r} matches no sparsified parameter (known: {', '.join(chosen)})")
         return {} if self.sparsity == 0 else chosen
 
     def counts(self, scores) -> dict[str, int]:
@@ -94,6 +101,10 @@ class Target:
         free = {name: leaves[name] for name, pattern in patterns.items() if not isinstance(pattern, NM)}
         counts = dict(units)
         if free and self.by_value:
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in free.values()):
+                raise ValueError(
+                    f"allocation {self.allocation!r} depends on the values of the scores: call it outside jax.jit"
+                )
             counts |= {name: int(count) for name, count in self._competed(scores, 0.0, None).items()}
         elif free:
             sparsities = allocations.allocate(free, self.sparsity, self.allocation)

@@ -77,30 +77,19 @@ def _land_on_zero(update, param, survived):
 def reset_state(inner, inner_state, params, survived):
     """The inner state with every entry that belongs to a weight outside `survived` as `inner.init` makes it.
 
-    Entries are found by structure, not by class: a leaf of the state belongs to the parameter whose path
-    its own path ends with, if the shapes agree. So it works for any Optax chain, and leaves alone statistics that
-    are shared by many weights (counts, the factored rows and columns of Adafactor).
+    Entries are found by structure, not by class (`masks.owner`), so it works for any Optax chain, and leaves alone
+    statistics that are shared by many weights (counts, the factored rows and columns of Adafactor).
     """
-    owners = {path: mask for path, mask in jax.tree_util.tree_leaves_with_path(survived) if is_sparsified(mask)}
-    if not owners:
+    owners = dict(jax.tree_util.tree_leaves_with_path(survived))
+    if not any(is_sparsified(mask) for mask in owners.values()):
         return inner_state
     fresh = inner.init(apply_masks(params, survived))
 
     def reset(path, value, initial):
-        mask = find_owner(path, jnp.shape(value), owners)
-        return value if mask is None else jnp.where(mask, value, initial)
+        mask = masks_lib.owner(path, owners)
+        return value if mask is None or mask.shape != jnp.shape(value) else jnp.where(mask, value, initial)
 
     return jax.tree_util.tree_map_with_path(reset, inner_state, fresh)
-
-
-def find_owner(path, shape, owners: Mapping):
-    """The value in `owners` (by key path of a parameter, with a `.shape`) that a leaf of an optimizer state
-    belongs to: the longest path that its own path ends with, of the same shape; None if there is none."""
-    for start in range(len(path) + 1):
-        owner = owners.get(path[start:])
-        if owner is not None and owner.shape == tuple(shape):
-            return owner
-    return None
 
 
 def drop_and_grow(pattern: Pattern, mask, drop_scores, grow_scores, fraction):

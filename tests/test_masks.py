@@ -92,6 +92,7 @@ def test_rules_choose_leaves_by_path_and_rank():
     ("rules", "message"),
     [
         ({"include": "nothing*"}, "include=['nothing*'] and exclude=[] select no parameter with two or more axes"),
+        ({"include": ("conv*", "typo/*")}, "include rule 'typo/*' matches no parameter (parameters: conv_0/bias"),
         ({"exclude": ("haed/*",)}, "exclude rule 'haed/*' matches no parameter (parameters: conv_0/bias"),
     ],
 )

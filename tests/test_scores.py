@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsejax import scores
 from sparsejax.masks import apply_masks
@@ -66,16 +65,6 @@ def test_random_depends_only_on_key_name_and_shape():
     np.testing.assert_array_equal(
         drawn["a"]["kernel"], jax.random.uniform(jax.random.fold_in(key, 0xAC860D31), (8, 6))
     )
-
-
-def test_random_is_the_same_when_sharded():
-    mesh = Mesh(np.asarray(jax.devices()), ("x",))
-    rows = 4 * len(jax.devices())
-    tree = {"kernel": jnp.zeros((rows, 3))}
-    sharding = NamedSharding(mesh, PartitionSpec("x"))
-    key = jax.random.key(0)
-    sharded = jax.jit(scores.random, out_shardings=sharding)(key, tree)
-    np.testing.assert_array_equal(sharded["kernel"], scores.random(key, tree)["kernel"])
 
 
 def test_snip_is_the_gradient_of_the_mask_and_the_effect_of_a_removal():

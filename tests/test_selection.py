@@ -85,6 +85,8 @@ def test_k_may_be_traced_and_is_clipped():
     scores = jnp.arange(10.0)
     select = jax.jit(top_k_mask)
     assert [int(select(scores, k).sum()) for k in (-3, 0, 4, 10, 99)] == [0, 0, 4, 10, 10]
+    rows = [int(top_k_mask(scores[:, None], k, axis=0).sum()) for k in (-3, 0, 4, 10, 2**32 - 1)]
+    assert rows == [0, 0, 4, 10, 10]
     chex.assert_trees_all_equal(select(scores, 4), top_k_mask(scores, 4))
 
 

@@ -9,6 +9,7 @@ import pytest
 SELECTION = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from sparsejax import scores
 from sparsejax.selection import global_top_k_masks, top_k_mask
 
 assert jax.device_count() == 8
@@ -21,18 +22,20 @@ for seed, shape, specs in [
     (0, (64, 48), [("data", "model"), (None, "model"), (("data", "model"),), ("model", "data")]),
     (1, (8, 3, 20), [("data", None, "model"), ("model",)]),
 ]:
-    scores = jax.random.normal(jax.random.key(seed), shape).round(1)  # many ties
+    values = jax.random.normal(jax.random.key(seed), shape).round(1)  # many ties
     for spec in specs:
-        sharded = shard(scores, *spec)
-        for k in (1, 77, scores.size // 2):
-            assert (top_k_mask(sharded, k) == top_k_mask(scores, k)).all(), (shape, spec, k)
+        sharded = shard(values, *spec)
+        for k in (1, 77, values.size // 2):
+            assert (top_k_mask(sharded, k) == top_k_mask(values, k)).all(), (shape, spec, k)
         for axis in range(len(shape)):
-            assert (top_k_mask(sharded, 2, axis) == top_k_mask(scores, 2, axis)).all(), (shape, spec, axis)
+            assert (top_k_mask(sharded, 2, axis) == top_k_mask(values, 2, axis)).all(), (shape, spec, axis)
 tree = {"a": jax.random.normal(jax.random.key(2), (16, 40)).round(1), "b": jax.random.normal(jax.random.key(3), (24, 8)).round(1)}
 sharded = {"a": shard(tree["a"], "data", "model"), "b": shard(tree["b"], None, ("data", "model"))}
 for k in (5, 300):
     one, many = global_top_k_masks(tree, k), global_top_k_masks(sharded, k)
     assert all((one[name] == many[name]).all() for name in tree) and sum(int(m.sum()) for m in many.values()) == k
+random = jax.jit(scores.random, out_shardings=NamedSharding(mesh, P("data", "model")))
+assert (random(jax.random.key(5), {"k": tree["a"]})["k"] == scores.random(jax.random.key(5), {"k": tree["a"]})["k"]).all()
 wide = shard(jax.random.normal(jax.random.key(4), (64, 512)), "data", "model")
 text = jax.jit(top_k_mask).lower(wide, 5).compile().as_text()
 assert "all-reduce" in text and "all-gather" not in text, "a pass is one all-reduce of a count"

@@ -5,6 +5,7 @@ therefore carries a SHA-256 over its leaves, which is compared on restore.
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 from sparsejax.masks import flatten
 from sparsejax.training.mesh import to_host
@@ -57,31 +59,44 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, template: Callable):
-        """`(tree, book)` of the newest sound checkpoint, or None; damaged ones are reported and removed.
+        """`(tree, book)` of the newest sound checkpoint, or None; damaged ones are reported and moved aside.
 
         Args:
           template: maps a book to a tree of arrays with the structure and the layout to restore.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._read(step, template)
+                arguments = ocp.args.Composite(book=ocp.args.JsonRestore())
+                saved = self._manager.restore(step, args=arguments).book
+                book = saved["book"]
             except Exception as error:  # storage drivers raise many kinds; all mean: not this one
-                reason = " ".join(str(error).split())[:200]
-                logging.warning("checkpoint %d is damaged and is skipped (%s)", step, reason)
-                self._manager.delete(step)
+                self._set_aside(step, error)
+                continue
+            wanted = template(book)  # an error of ours is no damage, and must not cost the checkpoint
+            try:
+                return self._read(step, saved, wanted), book
+            except Exception as error:
+                self._set_aside(step, error)
         return None
 
-    def _read(self, step: int, template: Callable):
-        saved = self._manager.restore(step, args=ocp.args.Composite(book=ocp.args.JsonRestore())).book
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:200]
+        logging.warning("checkpoint %d is damaged and is skipped (%s)", step, reason)
+        if jax.process_index() == 0:
+            folder = self._manager.directory / str(step)
+            folder.rename(folder.with_name(f"damaged-{step}-{time.time_ns()}"))
+        multihost_utils.sync_global_devices("damaged checkpoint set aside")
+        self._manager.reload()
+
+    def _read(self, step: int, saved: dict, wanted):
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-            template(saved["book"]),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), wanted
         )
         arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
         tree = self._manager.restore(step, args=arguments).tree
         if saved["sha256"] is not None and saved["sha256"] != _digest(tree):
             raise ValueError("its arrays do not match their SHA-256")
-        return tree, saved["book"]
+        return tree
 
     def close(self) -> None:
         """Waits for the save in progress."""

@@ -17,7 +17,7 @@ from sparsejax.training.mesh import build_mesh, check_batch, is_main
 from sparsejax.training.metrics import MetricsWriter
 from sparsejax.training.problem import Problem, load_problem
 from sparsejax.training.session import Book, Carry, Session
-from sparsejax.training.step import copy_tree, measure_masks, zero_meters
+from sparsejax.training.step import all_finite, copy_tree, measure_masks, zero_meters
 from sparsejax.training.summary import (
     layer_macs,
     read_summary,
@@ -171,14 +171,17 @@ class _Trainer:
 
     def _check_finite(self, carry: Carry) -> None:
         bad = int(carry.state.bad_step)
-        if bad < 0:
+        if bad >= 0:
+            what = f"loss stopped being finite at step {self.book.step - self.book.phase_step + bad}"
+        elif not bool(all_finite(carry.state.params)):
+            what = f"parameters are not finite any more at step {self.book.step}"
+        else:
             return
-        step = self.book.step - self.book.phase_step + bad
         good = self.checkpoints.latest() if self.checkpoints else None
         kept = "no checkpoint had been saved" if good is None else (
             f"the last good checkpoint, of step {good}, is kept in {self.workdir / 'checkpoints'}"
         )  # fmt: skip
-        raise FloatingPointError(f"the loss stopped being finite at step {step}; {kept}")
+        raise FloatingPointError(f"the {what}; {kept}")
 
     def _leave(self, number: int) -> None:
         if self.checkpoints:

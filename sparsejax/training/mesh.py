@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sparsejax.masks import choose, flatten, map_with_name
+from sparsejax.masks import choose, owner
 
 AXES = ("data", "model")
 
@@ -60,18 +60,14 @@ def state_shardings(mesh: Mesh, state, params):
     A leaf whose path ends with the path of a parameter and has its shape (moments, masks) is laid out as
     that parameter; everything else (counters, keys, factored moments) is replicated.
     """
-    size = mesh.shape["model"]
-    known = {(name, leaf.shape): param_spec(leaf.shape, size) for name, leaf in flatten(params).items()}
+    owners = dict(jax.tree_util.tree_leaves_with_path(params))
 
-    def place(name, leaf):
-        parts = name.split("/")
-        for start in range(len(parts)):
-            spec = known.get(("/".join(parts[start:]), leaf.shape))
-            if spec is not None:
-                return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, PartitionSpec())
+    def place(path, leaf):
+        param = owner(path, owners)
+        follows = param is not None and param.shape == leaf.shape
+        return NamedSharding(mesh, param_spec(leaf.shape, mesh.shape["model"]) if follows else PartitionSpec())
 
-    return map_with_name(place, state)
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def place(tree, shardings):

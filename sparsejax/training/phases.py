@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.allocation import last_leaves
 from sparsejax.masks import INCLUDE, choose, flatten, is_sparsified, map_with_name, sparsifiable
 from sparsejax.selection import global_top_k_masks, top_k_mask
 from sparsejax.training.optimizers import keywords
@@ -105,7 +106,8 @@ def imp(
       reinit, random: find the masks as `ticket` does; in the last round draw new weights, or shuffle the
         masks inside each layer.
       finetune: keep the trained weights and train on at `finetune_factor` times the peak learning rate.
-      learning_rate_rewinding: keep the trained weights, rewind everything else (Renda et al. 2020).
+      learning_rate_rewinding: keep the trained weights and norm statistics, rewind optimizer, schedules and data
+        order (Renda et al. 2020).
 
     Args:
       config: the resolved configuration; `steps` is the length of a round.
@@ -191,7 +193,8 @@ def prune_remaining(params, masks, phase: Phase) -> Any:
     else:
         rates = dict.fromkeys(sparse, phase.prune)
         if phase.halve_last:
-            rates[list(sparse)[-1]] /= 2
+            for name in last_leaves(sparse):
+                rates[name] /= 2
         new = {
             name: top_k_mask(scores[name], round((1.0 - rates[name]) * kept[name]), candidates=mask)
             for name, mask in sparse.items()

@@ -22,6 +22,7 @@ from sparsejax.training.step import objective
 
 # Importance scores of `sparsejax.pruning.at_init` that the method "fixed" can train with.
 SCORES = ("random", "magnitude", "snip", "grasp", "synflow")
+AT_INIT_KEYWORDS = ("samples", "rounds")
 GRASP_TEMPERATURE = 200.0
 MAX_SPARSITY = 1.0 - 1e-6
 
@@ -112,12 +113,20 @@ def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
     factory = choose("method", name, transforms.METHODS)
     if "seed" not in inspect.signature(factory).parameters:
         keywords.pop("seed")
+    for keyword in ("at", "end"):
+        if keywords.get(keyword, 0) >= phase.steps:
+            raise ValueError(
+                f"config.method.{keyword}={keywords[keyword]} is never reached: steps count from 0, and there are "
+                f"{phase.steps} of them"
+            )
     if name == "fixed":
         keywords = _fixed_keywords(problem, keywords, variables)
     return transforms.build(name, inner, **keywords)
 
 
 def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dict:
+    for keyword in keywords:
+        choose("keyword of method 'fixed'", keyword, ("score", *AT_INIT_KEYWORDS, *transforms.keywords("fixed")))
     score = choose("score", keywords.pop("score", "random"), SCORES)
     allocation = keywords.get("allocation")
     if score != "random":
@@ -125,6 +134,7 @@ def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dic
     if isinstance(allocation, str) and allocation in SCORES[2:]:
         found = {key: value for key, value in keywords.items() if key != "allocation"}
         masks = masks_at_init(problem, allocation, found, variables)
+        keywords = {key: value for key, value in keywords.items() if key not in AT_INIT_KEYWORDS}
         # An emptied layer would break the network; the mapping's sparsities stay below one.
         found = {path: min(1.0 - density, MAX_SPARSITY) for path, density in densities(masks).items()}
         keywords["allocation"] = found
@@ -132,7 +142,10 @@ def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dic
 
 
 def masks_at_init(problem: Problem, score: str, keywords: Mapping, variables: Mapping):
-    """Masks from a score of the initial weights; data-dependent scores see the first training batches.
+    """Masks from a score of the initial weights.
+
+    SNIP and GraSP see the first training batches as training does, with batch norm by batch statistics (GraSP's
+    authors draw ten samples of every class instead). SynFlow sees no data, and norm layers in inference mode.
 
     Args:
       score: a name of `sparsejax.pruning.at_init`.
@@ -145,17 +158,20 @@ def masks_at_init(problem: Problem, score: str, keywords: Mapping, variables: Ma
     batch = _first_samples(problem, keywords.pop("samples", max(100, 10 * (classes or 1))))
     temperature = GRASP_TEMPERATURE if score == "grasp" else 1.0
 
+    noise = {"dropout": jax.random.key(seed)}
+
     def forward(params, x):
         return problem.model.apply({**variables, "params": params}, x, train=False)
 
     def loss(params):
-        outputs = forward(params, batch["x"]) / temperature
-        return jnp.mean(objective(outputs, batch["y"], classes)[0])
+        given = {**variables, "params": params}
+        outputs, _ = problem.model.apply(given, batch["x"], train=True, mutable=["batch_stats"], rngs=noise)
+        return jnp.mean(objective(outputs / temperature, batch["y"], classes)[0])
 
     return pruning.at_init(
         score,
         variables["params"],
-        keywords.pop("sparsity"),
+        keywords.pop("sparsity", None),
         loss=loss,
         forward=forward,
         input_shape=problem.sample.shape,

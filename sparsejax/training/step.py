@@ -149,14 +149,11 @@ def evaluate(eval_step, state: TrainState, batches: Iterable[Mapping]) -> tuple[
 
 @partial(jax.jit, static_argnames="tracked")
 def _count(masks, logged, fired, tracked: bool):
-    def total(flags):
-        return jnp.sum(flags, dtype=jnp.uint32)
-
     pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(logged), strict=True)
     pairs = [(new, old) for new, old in pairs if is_sparsified(new)]
-    seen = [total(leaf != 0) for leaf in jax.tree.leaves(fired) if is_sparsified(leaf)] if tracked else []
-    kept = [total(new != 0) for new, _ in pairs]
-    grown = [total((new != 0) & (old == 0)) for new, old in pairs]
+    seen = [count(leaf != 0) for leaf in jax.tree.leaves(fired) if is_sparsified(leaf)] if tracked else []
+    kept = [count(new != 0) for new, _ in pairs]
+    grown = [count((new != 0) & (old == 0)) for new, old in pairs]
     return kept, grown, seen
 
 
@@ -172,12 +169,17 @@ def measure_masks(masks, logged, fired=None) -> dict[str, Any]:
     found = {
         "sparsity": 1.0 - sum(kept) / total if total else 0.0,
         "churn": sum(grown) / sum(kept) if sum(kept) else 0.0,
-        "density": {name: count / size for (name, size), count in zip(sizes.items(), kept, strict=True)},
-        "nonzeros": sum(kept),
+        "density": {name: n / size for (name, size), n in zip(sizes.items(), kept, strict=True)},
     }
     if fired is not None and total:
         found["exploration_rate"] = sum(seen) / total
     return found
+
+
+@jax.jit
+def all_finite(tree):
+    """Whether every entry of a tree of float arrays is finite."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 copy_tree = jax.jit(partial(jax.tree.map, jnp.copy))

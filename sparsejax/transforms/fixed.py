@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparsejax.masks import Masks, copy_masks
+from sparsejax.masks import Masks, check_masks, copy_masks
 from sparsejax.target import Target
 from sparsejax.topology import masked_step
 
@@ -41,6 +41,8 @@ def fixed(
     aim = Target(**target) if masks is None else None
 
     def init(params):
+        if masks is not None:
+            check_masks(masks, params)
         chosen = copy_masks(masks) if aim is None else aim.random_masks(jax.random.key(seed), params)
         return FixedState(jnp.zeros([], jnp.int32), chosen, inner.init(params))
 

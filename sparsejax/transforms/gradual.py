@@ -16,7 +16,7 @@ import optax
 
 from sparsejax import scores
 from sparsejax.masks import Masks, apply_masks, choose
-from sparsejax.schedules import cubic, updates_due
+from sparsejax.schedules import cubic, linear, updates_due
 from sparsejax.target import Target
 from sparsejax.topology import evolve, open_masks
 
@@ -35,6 +35,7 @@ def gradual(
     end: int,
     begin: int = 0,
     update_every: int = 100,
+    schedule: str = "cubic",
     score: str = "magnitude",
     **target,
 ) -> optax.GradientTransformationExtraArgs:
@@ -42,14 +43,16 @@ def gradual(
 
     Args:
       inner: any Optax transformation; it sees masked gradients and masked parameters.
-      begin, end: steps between which the sparsity rises by the cubic schedule.
+      begin, end: steps (counted from 0) between which the sparsity rises; training must go on beyond `end`.
       update_every: steps between changes of the masks (the paper: 100 to 1000).
+      schedule: "cubic" as in the paper, or "linear".
       score: what is kept, a name of `sparsejax.scores.SCORES`.
       **target: `sparsity`, `allocation` ("uniform", as in the paper; `global` and `lamp` re-divide the budget at
         every update), `pattern`, `include`, `exclude`, see `Target`.
     """
     aim = Target(**{"allocation": "uniform", **target})
-    progress, due = cubic(begin, end), updates_due(update_every, begin, end, force_end=True)
+    progress = choose("schedule", schedule, {"cubic": cubic, "linear": linear})(begin, end)
+    due = updates_due(update_every, begin, end, force_end=True)
     score_of = choose("score", score, scores.SCORES)
 
     def init(params):

@@ -29,7 +29,7 @@ def one_shot(
 
     Args:
       inner: any Optax transformation; it sees masked gradients and masked parameters.
-      at: the step at which to prune.
+      at: the step (counted from 0) at which to prune.
       score: what is kept, a name of `sparsejax.scores.SCORES`.
       **target: `sparsity`, `allocation` ("global"), `pattern`, `include`, `exclude`, see `Target`.
     """

@@ -82,10 +82,10 @@ def test_rigl_grows_the_weight_that_lowers_the_loss_most():
 def test_rigl_follows_its_period_and_its_end():
     params = {"kernel": jax.random.normal(jax.random.key(0), (20, 20))}
     tx = sparsejax.rigl(optax.sgd(0.0), sparsity=0.5, update_every=3, update_end=10)
-    state, moved = tx.init(params), []
+    state, moved, update = tx.init(params), [], jax.jit(tx.update)
     for step in range(14):
         grads = {"kernel": jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (20, 20))}
-        _, new = tx.update(grads, state, params)
+        _, new = update(grads, state, params)
         moved += [step] if sparsejax.churn(state.masks, new.masks) else []
         state = new
     assert moved == [3, 6, 9]
@@ -123,11 +123,12 @@ def test_set_without_drops_is_static_training_bit_for_bit():
     state = moving.init(params)
     static = sparsejax.fixed(optax.adam(0.1), masks=state.masks)
     other, first, second = static.init(params), params, params
+    move, stay = jax.jit(moving.update), jax.jit(static.update)
     for step in range(5):
         grads = {"kernel": jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (30, 20))}
-        updates, state = moving.update(grads, state, first)
+        updates, state = move(grads, state, first)
         first = optax.apply_updates(first, updates)
-        updates, other = static.update(grads, other, second)
+        updates, other = stay(grads, other, second)
         second = optax.apply_updates(second, updates)
     chex.assert_trees_all_equal(first, second)
 
@@ -135,19 +136,19 @@ def test_set_without_drops_is_static_training_bit_for_bit():
 def test_set_unfired_first_explores_everything_before_repeating():
     params = {"kernel": jnp.ones((10, 10))}
     tx = sparsejax.set_(optax.sgd(0.0), sparsity=0.9, update_every=1, drop_fraction=1.0, unfired_first=True)
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for step in range(10):
         assert sparsejax.exploration_rate(state) == pytest.approx(0.1 * max(1, step))
-        _, state = tx.update(params, state, params)
+        _, state = update(params, state, params)
 
 
 def test_exploration_rate_starts_at_the_density_and_never_falls():
     params = {"kernel": jax.random.normal(jax.random.key(0), (30, 20))}
     tx = sparsejax.set_(optax.sgd(0.1), sparsity=0.8, update_every=1)
-    state, rates = tx.init(params), []
+    state, rates, update = tx.init(params), [], jax.jit(tx.update)
     for step in range(30):
         rates.append(sparsejax.exploration_rate(state))
-        _, state = tx.update({"kernel": params["kernel"] * step}, state, params)
+        _, state = update({"kernel": params["kernel"] * step}, state, params)
     assert rates[0] == pytest.approx(0.2) and rates[-1] <= 1 and rates == sorted(rates) and rates[-1] > 0.5
 
 
@@ -196,6 +197,20 @@ def test_division_of_the_dropped_weights(dropped, room, share, expected):
     np.testing.assert_array_equal(divide(*map(jnp.asarray, (dropped, room, share))), expected)
 
 
+# --- the inner state ---------------------------------------------------------------------------------
+
+
+def test_a_dense_leaf_is_not_taken_for_one_with_a_shorter_path():
+    """`block/dense/kernel` ends with the path of the sparsified `dense/kernel`, but its moments are its own."""
+    params = {"dense": {"kernel": jnp.ones((4, 4))}, "block": {"dense": {"kernel": jnp.ones((4, 4))}}}
+    tx = sparsejax.fixed(optax.sgd(0.1, momentum=0.9), sparsity=0.75, exclude="block/*")
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(params, state, params)
+    assert not state.masks["dense"]["kernel"].all()
+    np.testing.assert_allclose(updates["block"]["dense"]["kernel"], -0.1 * (1 + 0.9 + 0.81), rtol=1e-6)
+
+
 # --- gradual and one-shot ----------------------------------------------------------------------------
 
 
@@ -203,10 +218,10 @@ def test_division_of_the_dropped_weights(dropped, room, share, expected):
 def test_gradual_masks_are_nested_and_end_exactly(allocation):
     params = {name: {"kernel": jax.random.normal(jax.random.key(i), (20, 15 * i + 5))} for i, name in enumerate("ab")}
     tx = sparsejax.gradual(optax.sgd(0.1), sparsity=0.8, begin=2, end=17, update_every=6, allocation=allocation)
-    state, reached = tx.init(params), []
+    state, reached, update = tx.init(params), [], jax.jit(tx.update)
     for step in range(20):
         grads = jax.tree.map(lambda leaf, step=step: jnp.cos(step + leaf), params)
-        updates, new = tx.update(grads, state, params)
+        updates, new = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         assert all(bool(jnp.all(old | ~mask)) for old, mask in zip(*map(jax.tree.leaves, (state.masks, new.masks)), strict=True))
         state = new
@@ -248,6 +263,10 @@ def test_gradual_keeps_the_largest_magnitudes():
         (lambda build: build("one_shot", sparsity=0.5, at=-1), "the step of one-shot pruning must not be negative, got at=-1"),
         (lambda build: build("gradual", sparsity=0.5, end=9, score="magnitud"), "unknown score 'magnitud'; did you mean 'magnitude'?"),
         (lambda build: build("fixed", sparsity=0.5, masks={}), "fixed takes either masks or a target for random ones"),
+        (lambda build: build("fixed", masks={"w": {"kernel": jnp.ones((6, 1), bool)}}).init({"w": {"kernel": jnp.ones((6, 4))}}),
+         "the mask of w/kernel has shape (6, 1); it must be a scalar or of the parameter's shape (6, 4)"),
+        (lambda build: build("fixed", masks={}).init({"w": {"kernel": jnp.ones((6, 4))}}),
+         "masks and parameters must have the same leaves, but only one of them has 'w/kernel'"),
         (lambda build: build("fixed", pattern="2:4").init({"w": {"kernel": jnp.ones((6, 4))}}),
          "2:4 needs axis -2 of w/kernel to be divisible by 4, but its shape is (6, 4)"),
         (lambda build: build("fixed", sparsity=0.5, include="x*").init({"w": {"kernel": jnp.ones((6, 4))}}),
