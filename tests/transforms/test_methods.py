@@ -118,10 +118,11 @@ def test_set_drops_the_smallest_and_grows_uniformly():
 
 
 def test_set_without_drops_is_static_training_bit_for_bit():
+    """The products of the learning rate 1/2 are exact, so that fused multiply-adds cannot tell the programs apart."""
     params = {"kernel": jax.random.normal(jax.random.key(0), (30, 20))}
-    moving = sparsejax.set_(optax.adam(0.1), sparsity=0.8, update_every=1, drop_fraction=0.0)
+    moving = sparsejax.set_(optax.sgd(0.5), sparsity=0.8, update_every=1, drop_fraction=0.0)
     state = moving.init(params)
-    static = sparsejax.fixed(optax.adam(0.1), masks=state.masks)
+    static = sparsejax.fixed(optax.sgd(0.5), masks=state.masks)
     other, first, second = static.init(params), params, params
     move, stay = jax.jit(moving.update), jax.jit(static.update)
     for step in range(5):
