@@ -1,7 +1,8 @@
 """Trains one configuration: `python -m experiments.run --config=configs/quickstart.py --workdir=W`.
 
-Every field can be overridden: `--config.method.sparsity=0.95 --config.steps=500`. The same command resumes an
-interrupted run. On several devices add `--mesh=data:4,model:2`; on several processes also `--coordinator`,
+Every field of the file can be overridden: `--config.method.sparsity=0.95 --config.steps=500`; to change a method with
+its keywords, replace the section: `--config.method="{'name': 'fixed', 'sparsity': 0.5, 'pattern': '2:4'}"`. The same
+command resumes an interrupted run. On several devices add `--mesh=data:4,model:2`; on several processes also `--coordinator`,
 `--num_processes` and `--process_id`.
 
 Exit codes: 0 finished, or stopped by SIGTERM; 1 the loss is not finite; 2 a mistake in the arguments;
@@ -15,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sparsejax import training
+from sparsejax.allocator import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The configuration file, for example configs/quickstart.py."
@@ -32,11 +34,17 @@ def main(arguments):
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    if _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    logging.get_absl_logger().addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
+    keep_freed_memory()
     try:
+        if _PROCESSES.value > 1 and not _COORDINATOR.value:
+            raise ValueError(f"--num_processes={_PROCESSES.value} needs --coordinator=HOST:PORT")
+        if not 0 <= _PROCESS.value < _PROCESSES.value:
+            raise ValueError(f"--process_id must be in [0, {_PROCESSES.value}), got {_PROCESS.value}")
+        if _COORDINATOR.value:
+            jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         training.run(_CONFIG.value, _WORKDIR.value, mesh=_MESH.value, progress=_PROGRESS.value)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
@@ -50,8 +58,9 @@ def parse(arguments):
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError) as error:
         cause = error.args[0]
-        field = cause.args[0] if isinstance(cause, KeyError) else cause
-        print("error: the configuration has no field", " ".join(str(field).split()), file=sys.stderr)
+        field = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())
+        hint = "write it into a copy of the file, or replace a whole section: --config.method=\"{'name': ...}\""
+        print(f"error: the configuration has no field {field}; {hint}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -84,6 +84,11 @@ def regenerate(
     if config_hash is None:
         from sparsejax.training import config_hash
     workdir, results = pathlib.Path(workdir).absolute(), pathlib.Path(results)
+    for folder in (workdir, results):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{str(folder)!r} is not a folder that can be written: {error.strerror}") from None
     configs, runs = expand(table, config_hash, quick=quick, seeds=seeds)
     _share_compilations(workdir / "compilation-cache")
     start = time.monotonic()

@@ -41,7 +41,9 @@ Function = Callable[[Any, pathlib.Path], dict]
 def train(config, workdir: pathlib.Path) -> dict:
     """Executes one run of `sparsejax.training` and gives back its summary."""
     from sparsejax import training
+    from sparsejax.allocator import keep_freed_memory
 
+    keep_freed_memory()
     return training.run(config, workdir, progress=False)
 
 

@@ -161,7 +161,7 @@ def _lamp_leaf(weight):
 
 
 def explicit(leaves, mapping: Mapping[str, float]) -> dict[str, float]:
-    """Sparsities from a mapping {shell pattern on paths: sparsity}; the first pattern that matches wins.
+    """Sparsities from a mapping {shell pattern on paths: sparsity}; the most specific match wins.
 
     Raises:
       ValueError: for a leaf that no pattern matches, a pattern that matches no leaf, or a sparsity
@@ -175,10 +175,10 @@ def explicit(leaves, mapping: Mapping[str, float]) -> dict[str, float]:
             )
     result = {}
     for name in leaves:
-        rules = [rule for rule in mapping if masks.matches(name, (rule,))]
-        if not rules:
+        rule = masks.best_rule(name, mapping)
+        if rule is None:
             raise ValueError(f"no allocation pattern matches {name!r} (patterns: {', '.join(mapping)})")
-        result[name] = float(mapping[rules[0]])
+        result[name] = float(mapping[rule])
     return result
 
 

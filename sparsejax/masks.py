@@ -149,6 +149,15 @@ def matches(name: str, rules: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, rule) for rule in rules)
 
 
+def best_rule(name: str, rules: Iterable[str]) -> str | None:
+    """The most specific of the shell patterns that match a path name: the one with most literal characters.
+
+    The order of the patterns does not matter (configs do not keep it), except between equals: first wins.
+    """
+    found = [rule for rule in rules if matches(name, (rule,))]
+    return max(found, key=lambda rule: sum(letter not in "*?[]" for letter in rule), default=None)
+
+
 def choose(kind: str, name: str, known: Mapping[str, Any] | Iterable[str]):
     """`known[name]`, or one sentence that lists the known names and suggests the nearest."""
     names = sorted(known)

@@ -4,8 +4,8 @@ The five keywords `sparsity`, `allocation`, `pattern`, `include` and `exclude` m
 and in `sparsejax.prune`; this is where they become exact counts and masks.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from sparsejax.selection import global_top_k_masks
 _BY_VALUE = {"global": lambda scores: scores, "lamp": allocations.lamp_scores}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """What a sparse model should look like.
 
@@ -37,7 +37,7 @@ class Target:
       allocation: a name of `sparsejax.allocation.ALLOCATIONS`, a mapping {path pattern: sparsity}, or a
         function `f(leaves, sparsity) -> {path: sparsity}`.
       pattern: a pattern, its name in a config (see `patterns.parse`), or a mapping {path pattern: pattern}
-        whose first match counts.
+        whose most specific match counts.
       include, exclude: shell patterns on path names, see `masks.sparsifiable`.
     """
 
@@ -80,7 +80,7 @@ class Target:
         """
         chosen = {}
         for name, leaf in masks_lib.sparsifiable(params, self.include, self.exclude).items():
-            rule = next((rule for rule in self.pattern if masks_lib.matches(name, (rule,))), None)
+            rule = masks_lib.best_rule(name, self.pattern)
             if rule is None:
                 raise ValueError(f"no pattern rule matches {name!r} (rules: {', '.join(self.pattern)})")
             self.pattern[rule].check(name, leaf.shape)
@@ -186,6 +186,14 @@ class Target:
             for name, pattern in patterns.items()
         }
         return masks_lib.map_with_name(lambda name, _: chosen.get(name, jnp.asarray(True)), params)
+
+
+def target_of(**keywords) -> Target:
+    """`Target(**keywords)`, with one sentence for an unknown keyword."""
+    known = [field.name for field in dataclasses.fields(Target)]
+    for keyword in keywords:
+        masks_lib.choose("keyword (besides the method's own)", keyword, known)
+    return Target(**keywords)
 
 
 def random_units(key, patterns: Mapping[str, Pattern], leaves) -> dict[str, Any]:

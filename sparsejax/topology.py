@@ -1,9 +1,8 @@
 """What all sparse training methods share: the masked step, drop and grow, and fresh moments.
 
-One training step of a sparse-to-sparse or gradual method (`evolve`) changes the masks if that is due and then
-steps the inner optimizer, after which `params + updates` is exactly zero outside the new masks. A weight that
-was just grown starts at zero, and the inner optimizer's state of every weight that did not survive (`old & new`)
-is what its `init` gives.
+One training step of a sparse-to-sparse or gradual method (`evolve`) steps the inner optimizer on the kept weights
+and changes the masks if that is due, after which `params + updates` is exactly zero outside the new masks. A
+weight that was just grown starts at zero, with the inner optimizer's state as its `init` gives it.
 
 Departure from the reference code of SET and RigL: the step on which the masks change still updates the
 surviving weights. There it is skipped, which freezes learning-rate schedules and stops training altogether at an update
@@ -23,67 +22,68 @@ from sparsejax.selection import top_k_mask
 
 
 def evolve(inner, due, change, grads, state, params, extra_args: Mapping | None = None):
-    """One training step: new masks from `change()` if `due`, then the masked step of the inner optimizer.
+    """One training step: the inner optimizer under the present masks, then new masks from `change()` if `due`.
 
     Args:
       inner: an Optax transformation.
       due: bool scalar, may be traced.
-      change: function without arguments that returns the new masks.
-      grads: gradients with respect to the masked weights.
+      change: function of the present masks that returns the new ones.
+      grads: gradients with respect to the masked weights (dense; they are masked here).
       state: NamedTuple with `count`, `masks`, `inner_state` and, where the method tracks it, `fired`.
-      params, extra_args: as for `masked_step`.
+      params, extra_args: as for `inner.update`. The params may be unmasked at the first step only.
 
     Returns:
       (updates, state) with those fields replaced.
     """
-    tracked = {"masks": state.masks} | ({"fired": state.fired} if hasattr(state, "fired") else {})
+    updates, inner_state = masked_update(inner, grads, state.inner_state, params, state.masks, extra_args)
+    # The barrier ends the use of the old masks, so that XLA can keep them in place where nothing changes.
+    inner_state, masks = jax.lax.optimization_barrier((inner_state, state.masks))
+    tracked = {"masks": masks} | ({"fired": state.fired} if hasattr(state, "fired") else {})
 
-    def changed():
-        masks = change()
-        return {"masks": masks} | ({"fired": _union(state.fired, masks)} if "fired" in tracked else {})
+    def changed(tracked):
+        masks = change(tracked["masks"])
+        fired = {"fired": jax.tree.map(jnp.logical_or, tracked["fired"], masks)} if "fired" in tracked else {}
+        return {"masks": masks} | fired
 
-    tracked = jax.lax.cond(due, changed, lambda: tracked)
-    updates, inner_state = masked_step(
-        inner, grads, state.inner_state, params, state.masks, tracked["masks"], extra_args
-    )
+    tracked = jax.lax.cond(due, changed, lambda tracked: tracked, tracked)
+    updates = land_on_zero(updates, params, tracked["masks"])
     return updates, state._replace(count=optax.safe_increment(state.count), inner_state=inner_state, **tracked)
 
 
-def masked_step(inner, grads, inner_state, params, old, new, extra_args: Mapping | None = None):
-    """One step of the inner optimizer on the weights that survive, and zero everywhere else.
+def masked_update(inner, grads, inner_state, params, masks, extra_args: Mapping | None = None):
+    """`inner.update` with masked gradients, and with fresh state for every weight outside the masks.
 
-    Args:
-      inner: an Optax transformation.
-      grads: gradients with respect to the masked weights (dense; they are masked here).
-      inner_state, params: as in `inner.update`.
-      old, new: bool masks before and after this step's change of topology; pass the same tree twice if none.
-      extra_args: further keyword arguments of `inner.update`.
+    So a weight that grows meets the state that `inner.init` makes (after updates by zero gradients, which for
+    the moments of Adam and its kin is the same).
 
     Returns:
-      (updates, inner_state).
+      (updates, inner_state); the updates still have to land on zero.
     """
-    survived = new if new is old else jax.tree.map(jnp.logical_and, old, new)
-    seen = apply_masks(params, old)
     inner = optax.with_extra_args_support(inner)
-    updates, inner_state = inner.update(apply_masks(grads, old), inner_state, seen, **(extra_args or {}))
-    inner_state = reset_state(inner, inner_state, seen, survived)
-    return jax.tree.map(_land_on_zero, updates, params, survived), inner_state
+    # before the update, where XLA fuses it into the optimizer's own pass over its state
+    inner_state = reset_state(inner, inner_state, params, masks)
+    return inner.update(apply_masks(grads, masks), inner_state, params, **(extra_args or {}))
 
 
-def _land_on_zero(update, param, survived):
-    return jnp.where(survived, update.astype(param.dtype), -param) if is_sparsified(survived) else update
+def land_on_zero(updates, params, masks):
+    """Updates after which `params + updates` is exactly zero outside the masks."""
+
+    def land(update, param, mask):
+        return jnp.where(mask, update.astype(param.dtype), -param) if is_sparsified(mask) else update
+
+    return jax.tree.map(land, updates, params, masks)
 
 
-def reset_state(inner, inner_state, params, survived):
-    """The inner state with every entry that belongs to a weight outside `survived` as `inner.init` makes it.
+def reset_state(inner, inner_state, params, masks):
+    """The inner state with every entry that belongs to a weight outside the masks as `inner.init` makes it.
 
     Entries are found by structure, not by class (`masks.owner`), so it works for any Optax chain, and leaves alone
     statistics that are shared by many weights (counts, the factored rows and columns of Adafactor).
     """
-    owners = dict(jax.tree_util.tree_leaves_with_path(survived))
+    owners = dict(jax.tree_util.tree_leaves_with_path(masks))
     if not any(is_sparsified(mask) for mask in owners.values()):
         return inner_state
-    fresh = inner.init(apply_masks(params, survived))
+    fresh = inner.init(apply_masks(params, masks))
 
     def reset(path, value, initial):
         mask = masks_lib.owner(path, owners)

@@ -1,6 +1,7 @@
 """The loop: `run(config, workdir)` trains, logs, evaluates, saves and resumes."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -177,11 +178,17 @@ class _Trainer:
             what = f"parameters are not finite any more at step {self.book.step}"
         else:
             return
+        self._stop(what)
+
+    def _stop(self, what: str) -> None:
         good = self.checkpoints.latest() if self.checkpoints else None
         kept = "no checkpoint had been saved" if good is None else (
             f"the last good checkpoint, of step {good}, is kept in {self.workdir / 'checkpoints'}"
         )  # fmt: skip
-        raise FloatingPointError(f"the {what}; {kept}")
+        raise FloatingPointError(
+            f"the {what}; {kept}; the same command would stop again: change the configuration (a lower learning "
+            "rate?) and take another workdir"
+        )
 
     def _leave(self, number: int) -> None:
         if self.checkpoints:
@@ -215,6 +222,8 @@ class _Trainer:
         entry |= {key: found[key] for key in ("sparsity", "churn", "exploration_rate") if key in found}
         if evaluate:
             entry |= self._evaluate(state) | {"density": found["density"]}
+            if not math.isfinite(entry["test_loss"]):
+                self._stop(f"test loss is not finite at step {book.step}")
             book.last = entry
         if self.problem.dataset.classes is None:
             entry = {key: value for key, value in entry.items() if not key.endswith("accuracy")}

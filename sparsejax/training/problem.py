@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 import sparsejax.data
@@ -119,6 +120,10 @@ def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
                 f"config.method.{keyword}={keywords[keyword]} is never reached: steps count from 0, and there are "
                 f"{phase.steps} of them"
             )
+    if keywords.get("update_every", 0) >= min(phase.steps, keywords.get("update_end") or phase.steps):
+        logging.warning(
+            "config.method.update_every=%d: the masks never change, because updates end before", keywords["update_every"]
+        )
     if name == "fixed":
         keywords = _fixed_keywords(problem, keywords, variables)
     return transforms.build(name, inner, **keywords)

@@ -12,6 +12,7 @@ from sparsejax.training.checkpoint import tree_sha256
 from sparsejax.training.config import config_hash
 from sparsejax.training.mesh import to_host
 from sparsejax.training.problem import Problem
+from sparsejax.training.workdir import read_json
 from sparsejax.transforms import METHODS
 
 FILE = "summary.json"
@@ -20,13 +21,13 @@ FILE = "summary.json"
 def read_summary(workdir: Path) -> dict[str, Any] | None:
     """The summary of a finished run, or None."""
     path = workdir / FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def write_summary(workdir: Path, summary: Mapping) -> None:
     """Writes `summary.json` in one step, so that it exists only when complete."""
     replacement = (workdir / FILE).with_suffix(".tmp")
-    replacement.write_text(json.dumps(summary, indent=2) + "\n")
+    replacement.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     replacement.replace(workdir / FILE)
 
 
@@ -91,7 +92,7 @@ def show(summary: Mapping, workdir: Path) -> None:
     rows += [
         ("test loss", f"{summary['test_loss']:.4f}"),
         ("sparsity", f"{summary['sparsity']:.2%}"),
-        ("weights", f"{summary['nonzeros']:,} of {summary['params']:,}"),
+        ("parameters", f"{summary['nonzeros']:,} of {summary['params']:,}"),
         ("training FLOPs", f"{summary['train_flops_ratio']:.3f} x dense"),
         ("inference FLOPs", f"{summary['inference_flops_ratio']:.3f} x dense"),
     ]

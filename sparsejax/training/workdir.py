@@ -31,7 +31,10 @@ def prepare(workdir, config: Mapping, write: bool = True) -> Path:
             _write(path, config)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError(13, "Permission denied")
-        changed = differences(json.loads(path.read_text()), config)
+        changed = differences(read_json(path), config)
+        if changed and not _has_results(workdir):
+            _write(path, config)  # nothing came of the other configuration: most likely it had a mistake
+            changed = []
     except OSError as error:
         raise ValueError(f"workdir {str(workdir)!r} is not writable: {error.strerror or error}") from None
     if changed:
@@ -40,6 +43,24 @@ def prepare(workdir, config: Mapping, write: bool = True) -> Path:
             "choose another workdir or restore these values"
         )
     return workdir
+
+
+def read_json(path: Path):
+    """The content of a JSON file, or a ValueError that names the file if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); remove it or take another workdir") from None
+
+
+def _has_results(workdir: Path) -> bool:
+    saved = workdir / "checkpoints"
+    metrics = workdir / "metrics.jsonl"
+    return (
+        (workdir / "summary.json").exists()
+        or (saved.exists() and any(saved.iterdir()))
+        or (metrics.exists() and metrics.stat().st_size > 0)
+    )
 
 
 def _write(path: Path, config: Mapping) -> None:

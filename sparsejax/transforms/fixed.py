@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from sparsejax.masks import Masks, check_masks, copy_masks
-from sparsejax.target import Target
-from sparsejax.topology import masked_step
+from sparsejax.target import target_of
+from sparsejax.topology import land_on_zero, masked_update
 
 
 class FixedState(NamedTuple):
@@ -31,14 +31,14 @@ def fixed(
     """Trains under masks that never change.
 
     Args:
-      inner: any Optax transformation; it sees masked gradients and masked parameters.
+      inner: any Optax transformation; it sees masked gradients.
       masks: a mask tree like the parameters. Without it, masks are drawn at random.
       seed: of the random masks.
       **target: of the random masks: `sparsity`, `allocation`, `pattern`, `include`, `exclude`, see `Target`.
     """
     if masks is not None and target:
         raise ValueError(f"fixed takes either masks or a target for random ones, got masks and {', '.join(target)}")
-    aim = Target(**target) if masks is None else None
+    aim = target_of(**target) if masks is None else None
 
     def init(params):
         if masks is not None:
@@ -47,9 +47,8 @@ def fixed(
         return FixedState(jnp.zeros([], jnp.int32), chosen, inner.init(params))
 
     def update(grads, state, params=None, **extra_args):
-        updates, inner_state = masked_step(
-            inner, grads, state.inner_state, params, state.masks, state.masks, extra_args
-        )
+        updates, inner_state = masked_update(inner, grads, state.inner_state, params, state.masks, extra_args)
+        updates = land_on_zero(updates, params, state.masks)
         return updates, FixedState(optax.safe_increment(state.count), state.masks, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

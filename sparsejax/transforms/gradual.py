@@ -17,7 +17,7 @@ import optax
 from sparsejax import scores
 from sparsejax.masks import Masks, apply_masks, choose
 from sparsejax.schedules import cubic, linear, updates_due
-from sparsejax.target import Target
+from sparsejax.target import target_of
 from sparsejax.topology import evolve, open_masks
 
 
@@ -42,7 +42,7 @@ def gradual(
     """Prunes step by step from dense to the target.
 
     Args:
-      inner: any Optax transformation; it sees masked gradients and masked parameters.
+      inner: any Optax transformation; it sees masked gradients.
       begin, end: steps (counted from 0) between which the sparsity rises; training must go on beyond `end`.
       update_every: steps between changes of the masks (the paper: 100 to 1000).
       schedule: "cubic" as in the paper, or "linear".
@@ -50,7 +50,7 @@ def gradual(
       **target: `sparsity`, `allocation` ("uniform", as in the paper; `global` and `lamp` re-divide the budget at
         every update), `pattern`, `include`, `exclude`, see `Target`.
     """
-    aim = Target(**{"allocation": "uniform", **target})
+    aim = target_of(**{"allocation": "uniform", **target})
     progress = choose("schedule", schedule, {"cubic": cubic, "linear": linear})(begin, end)
     due = updates_due(update_every, begin, end, force_end=True)
     score_of = choose("score", score, scores.SCORES)
@@ -59,10 +59,10 @@ def gradual(
         return GradualState(jnp.zeros([], jnp.int32), open_masks(aim.patterns(params), params), inner.init(params))
 
     def update(grads, state, params=None, **extra_args):
-        def change():
-            values = score_of(apply_masks(params, state.masks), grads)
-            counts = aim.counts_on_the_way(values, 1.0 - progress(state.count), state.masks)
-            return aim.masks(values, counts, state.masks)
+        def change(masks):
+            values = score_of(apply_masks(params, masks), grads)
+            counts = aim.counts_on_the_way(values, 1.0 - progress(state.count), masks)
+            return aim.masks(values, counts, masks)
 
         return evolve(inner, due(state.count), change, grads, state, params, extra_args)
 

@@ -10,7 +10,7 @@ import optax
 
 from sparsejax import scores
 from sparsejax.masks import Masks, choose
-from sparsejax.target import Target
+from sparsejax.target import target_of
 from sparsejax.topology import evolve, open_masks
 
 
@@ -28,21 +28,21 @@ def one_shot(
     """Prunes once.
 
     Args:
-      inner: any Optax transformation; it sees masked gradients and masked parameters.
+      inner: any Optax transformation; it sees masked gradients.
       at: the step (counted from 0) at which to prune.
       score: what is kept, a name of `sparsejax.scores.SCORES`.
       **target: `sparsity`, `allocation` ("global"), `pattern`, `include`, `exclude`, see `Target`.
     """
     if at < 0:
         raise ValueError(f"the step of one-shot pruning must not be negative, got at={at}")
-    aim = Target(**{"allocation": "global", **target})
+    aim = target_of(**{"allocation": "global", **target})
     score_of = choose("score", score, scores.SCORES)
 
     def init(params):
         return OneShotState(jnp.zeros([], jnp.int32), open_masks(aim.patterns(params), params), inner.init(params))
 
     def update(grads, state, params=None, **extra_args):
-        def change():
+        def change(_):
             values = score_of(params, grads)
             return aim.masks(values, aim.counts_on_the_way(values, 0.0))
 

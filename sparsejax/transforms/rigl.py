@@ -19,7 +19,7 @@ import optax
 from sparsejax import scores, topology
 from sparsejax.masks import Masks, apply_masks, copy_masks
 from sparsejax.schedules import drop_fraction_schedule, updates_due
-from sparsejax.target import Target
+from sparsejax.target import target_of
 
 
 class RigLState(NamedTuple):
@@ -43,7 +43,7 @@ def rigl(
     """Drops the smallest weights and grows those with the largest gradients.
 
     Args:
-      inner: any Optax transformation; it sees masked gradients and masked parameters.
+      inner: any Optax transformation; it sees masked gradients.
       update_every: steps between changes of the masks.
       drop_fraction: share of the kept weights to replace. A float is annealed by a cosine to 0 at
         `update_end` (and constant without one); a schedule is used as it is.
@@ -51,7 +51,7 @@ def rigl(
       seed: of the random initial masks.
       **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`.
     """
-    aim = Target(**target)
+    aim = target_of(**target)
     fraction, due = drop_fraction_schedule(drop_fraction, update_end), updates_due(update_every, end=update_end)
 
     def init(params):
@@ -61,12 +61,12 @@ def rigl(
     def update(grads, state, params=None, **extra_args):
         patterns = aim.patterns(params)
 
-        def change():
+        def change(masks):
             def leaf(_, pattern, mask, weight, grad):
                 return topology.drop_and_grow(pattern, mask, weight, grad, fraction(state.count))
 
-            magnitudes = scores.magnitude(apply_masks(params, state.masks))
-            return topology.change_leaves(leaf, patterns, state.masks, magnitudes, scores.gradient(grads))
+            magnitudes = scores.magnitude(apply_masks(params, masks))
+            return topology.change_leaves(leaf, patterns, masks, magnitudes, scores.gradient(grads))
 
         return topology.evolve(inner, due(state.count), change, grads, state, params, extra_args)
 

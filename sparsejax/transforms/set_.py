@@ -19,7 +19,7 @@ from sparsejax import masks as masks_lib
 from sparsejax import scores, topology
 from sparsejax.masks import Masks, apply_masks, copy_masks
 from sparsejax.schedules import drop_fraction_schedule, updates_due
-from sparsejax.target import Target, random_units
+from sparsejax.target import random_units, target_of
 
 
 class SetState(NamedTuple):
@@ -46,7 +46,7 @@ def set_(
     """Drops the smallest weights and grows others at random.
 
     Args:
-      inner: any Optax transformation; it sees masked gradients and masked parameters.
+      inner: any Optax transformation; it sees masked gradients.
       update_every: steps between changes of the masks (the paper: one epoch).
       drop_fraction: share zeta of the kept weights to replace. A float is annealed by a cosine to 0 at
         `update_end` (and constant without one); a schedule is used as it is.
@@ -55,7 +55,7 @@ def set_(
       seed: of the initial masks and the growth.
       **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`.
     """
-    aim = Target(**target)
+    aim = target_of(**target)
     fraction, due = drop_fraction_schedule(drop_fraction, update_end), updates_due(update_every, end=update_end)
 
     def init(params):
@@ -68,7 +68,7 @@ def set_(
     def update(grads, state, params=None, **extra_args):
         patterns = aim.patterns(params)
 
-        def change():
+        def change(masks):
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
             drawn = random_units(key, patterns, masks_lib.flatten(params))
 
@@ -76,8 +76,8 @@ def set_(
                 grow = drawn[name] + (1.0 - pattern.reduce(fired)) if unfired_first else drawn[name]
                 return topology.drop_and_grow(pattern, mask, weight, grow, fraction(state.count))
 
-            magnitudes = scores.magnitude(apply_masks(params, state.masks))
-            return topology.change_leaves(leaf, patterns, state.masks, magnitudes, state.fired)
+            magnitudes = scores.magnitude(apply_masks(params, masks))
+            return topology.change_leaves(leaf, patterns, masks, magnitudes, state.fired)
 
         return topology.evolve(inner, due(state.count), change, grads, state, params, extra_args)
 

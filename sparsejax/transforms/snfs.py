@@ -20,7 +20,7 @@ from sparsejax import scores, topology
 from sparsejax.masks import Masks, apply_masks, copy_masks
 from sparsejax.patterns import Unstructured
 from sparsejax.schedules import drop_fraction_schedule, updates_due
-from sparsejax.target import Target
+from sparsejax.target import target_of
 
 
 class SnfsState(NamedTuple):
@@ -48,7 +48,7 @@ def snfs(
     """Drops the smallest weights and grows those with the largest momentum, across layers.
 
     Args:
-      inner: any Optax transformation; it sees masked gradients and masked parameters.
+      inner: any Optax transformation; it sees masked gradients.
       update_every: steps between changes of the masks (the paper: one epoch).
       drop_fraction: share of the kept weights to replace. A float is annealed by a cosine to 0 at
         `update_end` (and constant without one); a schedule is used as it is.
@@ -60,7 +60,7 @@ def snfs(
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta}")
-    aim = Target(**target)
+    aim = target_of(**target)
     fraction, due = drop_fraction_schedule(drop_fraction, update_end), updates_due(update_every, end=update_end)
 
     def init(params):
@@ -76,10 +76,10 @@ def snfs(
 
         momentum = jax.tree.map(average, state.masks, state.momentum, grads)
 
-        def change():
-            magnitudes = scores.magnitude(apply_masks(params, state.masks))
+        def change(masks):
+            magnitudes = scores.magnitude(apply_masks(params, masks))
             leaves = (magnitudes, scores.magnitude(momentum))
-            return _change(patterns, state.masks, *leaves, fraction(state.count), redistribute)
+            return _change(patterns, masks, *leaves, fraction(state.count), redistribute)
 
         state = state._replace(momentum=momentum)
         return topology.evolve(inner, due(state.count), change, grads, state, params, extra_args)
