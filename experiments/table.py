@@ -84,18 +84,18 @@ def regenerate(
     if config_hash is None:
         from sparsejax.training import config_hash
     workdir, results = pathlib.Path(workdir).absolute(), pathlib.Path(results)
-    for folder in (workdir, results):
+    folder = workdir / "quick-results" if quick else results
+    for needed in (workdir, folder):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            needed.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{str(folder)!r} is not a folder that can be written: {error.strerror}") from None
+            raise ValueError(f"{str(needed)!r} is not a folder that can be written: {error.strerror}") from None
     configs, runs = expand(table, config_hash, quick=quick, seeds=seeds)
     _share_compilations(workdir / "compilation-cache")
     start = time.monotonic()
     outcomes = _execute(configs, runs, workdir, function, jobs)
     for run in runs:
         run.summary, run.error = outcomes[run.hash]
-    folder = workdir / "quick-results" if quick else results
     if quick:
         warning = "(Quick version, too short to mean anything.) "
         table = dataclasses.replace(table, about=warning + table.about)
