@@ -1,9 +1,12 @@
 """Trains one configuration: `python -m experiments.run --config=configs/quickstart.py --workdir=W`.
 
-Every field of the file can be overridden: `--config.method.sparsity=0.95 --config.steps=500`; to change a method with
-its keywords, replace the section: `--config.method="{'name': 'fixed', 'sparsity': 0.5, 'pattern': '2:4'}"`. The same
-command resumes an interrupted run. On several devices add `--mesh=data:4,model:2`; on several processes also `--coordinator`,
-`--num_processes` and `--process_id`.
+Every field of the file can be overridden: `--config.method.sparsity=0.95 --config.steps=500`. To change a method
+with its keywords, replace the section:
+
+  --config.method="{'name': 'fixed', 'sparsity': 0.5, 'pattern': '2:4'}"
+
+The same command resumes an interrupted run. On several devices add `--mesh=data:4,model:2`; on several processes
+also `--coordinator`, `--num_processes` and `--process_id`.
 
 Exit codes: 0 finished, or stopped by SIGTERM; 1 the loss is not finite; 2 a mistake in the arguments;
 130 Ctrl-C.
@@ -59,7 +62,9 @@ def parse(arguments):
     except (AttributeError, KeyError) as error:
         cause = error.args[0]
         field = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())
-        hint = "write it into a copy of the file, or replace a whole section: --config.method=\"{'name': ...}\""
+        hint = (
+            "write it into a copy of the file, or replace a whole section: --config.method=\"{'name': ...}\""
+        )
         print(f"error: the configuration has no field {field}; {hint}", file=sys.stderr)
         sys.exit(2)
 

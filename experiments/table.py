@@ -89,7 +89,9 @@ def regenerate(
         try:
             needed.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{str(needed)!r} is not a folder that can be written: {error.strerror}") from None
+            raise ValueError(
+                f"{str(needed)!r} is not a folder that can be written: {error.strerror}"
+            ) from None
     configs, runs = expand(table, config_hash, quick=quick, seeds=seeds)
     _share_compilations(workdir / "compilation-cache")
     start = time.monotonic()

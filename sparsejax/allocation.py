@@ -95,7 +95,9 @@ def erk_plus(leaves, sparsity: float, *, power: float = 1.0, last: str | None = 
       ValueError: if the dense classifier alone needs the whole budget.
     """
     ratio = _kernel_ratio(leaves, power)
-    return _proportional("erk_plus", leaves, masks.check_sparsity(sparsity), ratio, dense=last_leaves(leaves, last))
+    return _proportional(
+        "erk_plus", leaves, masks.check_sparsity(sparsity), ratio, dense=last_leaves(leaves, last)
+    )
 
 
 # --- rules on values ---------------------------------------------------------------------------------
@@ -323,7 +325,8 @@ def _first(leaves, rule: str | None) -> list[str]:
 
 
 def last_leaves(leaves, rule: str | None = None) -> list[str]:
-    """The classifier's paths: the leaves that `rule` matches, or the one found as the module docstring says."""
+    """The classifier's paths: the leaves that `rule` matches, or the one found as the module docstring
+    says."""
     if rule is not None:
         return _chosen("last", leaves, rule)
     matrices = [name for name, leaf in leaves.items() if len(leaf.shape) == 2]

@@ -1,8 +1,9 @@
 """Benches of the inner loops: `python -m sparsejax.bench [selection|transforms] [--json] [--repeats=N]`.
 
-As in `experiments.run`, freed memory is kept (see `sparsejax.allocator`). Every line compares ours with a baseline measured in the same process, each the median of repeats that alternate
-between the two. For selection the ratio is baseline / ours (how many times faster), for transforms it is
-ours / baseline (what it costs).
+As in `experiments.run`, freed memory is kept (see `sparsejax.allocator`). Every line compares ours with a
+baseline measured in the same process, each the median of repeats that alternate between the two. For
+selection the ratio is baseline / ours (how many times faster), for transforms it is ours / baseline (what it
+costs).
 """
 
 import argparse
@@ -34,7 +35,9 @@ class Result(NamedTuple):
     ratio_is: str
 
 
-def measure(case: str, ours: Callable, baseline: str, other: Callable, repeats: int, cost: bool = False) -> Result:
+def measure(
+    case: str, ours: Callable, baseline: str, other: Callable, repeats: int, cost: bool = False
+) -> Result:
     """Times two functions of no arguments alternately; each must block until its result is ready."""
     times = {ours: [], other: []}
     for function in times:
@@ -65,7 +68,10 @@ def selection_bench(repeats: int) -> Iterator[Result]:
     flat = scores.reshape(-1)
     run = partial(measure, repeats=repeats)
     yield run(
-        "top 10 % of 16M float32", blocking(selection.top_k_mask, flat, tenth), "jnp.sort", blocking(jnp.sort, flat)
+        "top 10 % of 16M float32",
+        blocking(selection.top_k_mask, flat, tenth),
+        "jnp.sort",
+        blocking(jnp.sort, flat),
     )
     tied = jnp.round(flat, 1)
     yield run(
@@ -84,7 +90,10 @@ def selection_bench(repeats: int) -> Iterator[Result]:
     groups = scores.reshape(-1, 4)
     pattern = sparsejax.patterns.NM(2, 4, axis=-1)
     yield run(
-        "2:4 of 16M", blocking(pattern.mask, scores), "lax.top_k", blocking(lambda x: jax.lax.top_k(x, 2), groups)
+        "2:4 of 16M",
+        blocking(pattern.mask, scores),
+        "lax.top_k",
+        blocking(lambda x: jax.lax.top_k(x, 2), groups),
     )
 
 
@@ -125,8 +134,8 @@ def transforms_bench(repeats: int) -> Iterator[Result]:
 def _training(model, tx, params, batch, steps: int, every_step: bool = False) -> Callable:
     """A function that takes `steps` training steps, starting where it stopped before.
 
-    The weights are masked once at the start; every update keeps them zero outside the masks, so that masking them
-    again in every step is only needed for straight-through methods.
+    The weights are masked once at the start; every update keeps them zero outside the masks, so that masking
+    them again in every step is only needed for straight-through methods.
     """
 
     def step(params, state):

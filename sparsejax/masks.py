@@ -73,7 +73,9 @@ def check_masks(masks, params) -> None:
     found, leaves = flatten(masks), flatten(params)
     for name in (*leaves, *found):
         if name not in found or name not in leaves:
-            raise ValueError(f"masks and parameters must have the same leaves, but only one of them has {name!r}")
+            raise ValueError(
+                f"masks and parameters must have the same leaves, but only one of them has {name!r}"
+            )
         if jnp.shape(found[name]) not in ((), jnp.shape(leaves[name])):
             raise ValueError(
                 f"the mask of {name} has shape {jnp.shape(found[name])}; it must be a scalar or of the parameter's "
@@ -138,8 +140,8 @@ def owner(path, owners: Mapping):
 
     Args:
       path: key path of the leaf, as `jax.tree_util.tree_map_with_path` gives it.
-      owners: {key path of a parameter: anything}; it must hold all parameters, or a leaf could be taken for that
-        of a parameter with a shorter path.
+      owners: {key path of a parameter: anything}; it must hold all parameters, or a leaf could be taken for
+        that of a parameter with a shorter path.
     """
     return next((owners[path[start:]] for start in range(len(path) + 1) if path[start:] in owners), None)
 
@@ -195,7 +197,9 @@ def sparsifiable(params, include: Iterable[str] = INCLUDE, exclude: Iterable[str
     for kind, rules in (("include", set(include) - set(INCLUDE)), ("exclude", exclude)):
         for rule in rules:
             if chosen and not any(matches(name, (rule,)) for name in leaves):
-                raise ValueError(f"{kind} rule {rule!r} matches no parameter (parameters: {', '.join(leaves)})")
+                raise ValueError(
+                    f"{kind} rule {rule!r} matches no parameter (parameters: {', '.join(leaves)})"
+                )
     if not chosen:
         raise ValueError(
             f"include={list(include)} and exclude={list(exclude)} select no parameter with two or more axes "
@@ -216,8 +220,8 @@ def count(flags, axis: int | None = None):
 
     Groups of 8 (and then 16) neighbours are first summed in uint8, which XLA on a CPU vectorises; a plain
     bool-to-int sum takes four times as long. On a sharded array the only communication is that of the count,
-    provided that each device's part of the last axis (or of `axis`) is a multiple of 128, or of 8 if that axis has
-    fewer than 128 entries; otherwise XLA moves flags between devices to form the groups.
+    provided that each device's part of the last axis (or of `axis`) is a multiple of 128, or of 8 if that
+    axis has fewer than 128 entries; otherwise XLA moves flags between devices to form the groups.
     """
     if axis is not None:
         return jnp.sum(_group_sums(flags, axis, 8), axis=axis, keepdims=True, dtype=jnp.uint32)
@@ -242,7 +246,9 @@ def _group_sums(values, axis: int, size: int):
 def densities(masks) -> dict[str, float]:
     """The fraction of kept weights of every sparsified leaf, by path name (host floats)."""
     return {
-        name: int(count(mask != 0)) / mask.size for name, mask in flatten(masks).items() if is_sparsified(mask)
+        name: int(count(mask != 0)) / mask.size
+        for name, mask in flatten(masks).items()
+        if is_sparsified(mask)
     }
 
 

@@ -39,7 +39,8 @@ class Pattern:
         return np.ones((), np.int64)
 
     def kept(self, shape, k: int) -> int:
-        """How many units a final mask keeps when the budget asks for `k`; k itself unless the pattern decides."""
+        """How many units a final mask keeps when the budget asks for `k`; k itself unless the pattern
+        decides."""
         del shape
         return k
 
@@ -112,7 +113,9 @@ class NM(Pattern):
     def select(self, unit_scores, k=None, *, candidates=None, keep=None):
         """n of every group; a larger `k` (gradual pruning on its way) keeps the best of the rest as well."""
         flags = [None if flag is None else self._grouped(flag) for flag in (candidates, keep)]
-        best = top_k_mask(self._grouped(unit_scores), self.n, self._axis(unit_scores), candidates=flags[0], keep=flags[1])
+        best = top_k_mask(
+            self._grouped(unit_scores), self.n, self._axis(unit_scores), candidates=flags[0], keep=flags[1]
+        )
         best = best.reshape(unit_scores.shape)
         groups = unit_scores.size // self.m * self.n
         if k is None or (isinstance(k, (int, np.integer)) and k <= groups):
@@ -130,7 +133,9 @@ class NM(Pattern):
 
     def _grouped(self, array):
         axis = range(array.ndim)[self.axis]
-        return array.reshape(array.shape[:axis] + (array.shape[axis] // self.m, self.m) + array.shape[axis + 1 :])
+        return array.reshape(
+            array.shape[:axis] + (array.shape[axis] // self.m, self.m) + array.shape[axis + 1 :]
+        )
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def synflow(params, forward, input_shape):
     return jax.tree.map(lambda weight, grad: jnp.abs(weight * _float32(grad)), positive, grads)
 
 
-# The scores that a transform can evaluate at any step, with one signature (params, grads) -> tree. Movement is not
-# among them: it has to be summed over steps.
+# The scores that a transform can evaluate at any step, with one signature (params, grads) -> tree. Movement
+# is not among them: it has to be summed over steps.
 SCORES = {
     "magnitude": lambda params, grads: magnitude(params),
     "gradient": lambda params, grads: gradient(grads),

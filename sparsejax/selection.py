@@ -5,8 +5,9 @@ by digit (8 bits at a time, most significant first): each bit of the digit costs
 uint8 array. Equal scores at the threshold are chosen by lowest position, with the same search over
 positions, so the number of selected entries is always exactly k.
 
-Each pass only counts. On sharded arrays a pass is therefore one scalar all-reduce (for shards of ordinary sizes,
-see `masks.count`), and the same code gives an exact global threshold over a whole tree on a whole mesh.
+Each pass only counts. On sharded arrays a pass is therefore one scalar all-reduce (for shards of ordinary
+sizes, see `masks.count`), and the same code gives an exact global threshold over a whole tree on a whole
+mesh.
 
 Order: +inf is largest, -inf smallest, -0.0 equals 0.0, NaN ranks below everything. Scores may be bfloat16,
 float16, float32 or (with x64 enabled) float64, or integers.
@@ -58,7 +59,9 @@ def global_top_k_masks(tree, k, *, candidates=None, keep=None):
     """
     leaves, structure = jax.tree.flatten(tree)
     _check(flatten(tree))
-    flags = [structure.flatten_up_to(t) if t is not None else [None] * len(leaves) for t in (candidates, keep)]
+    flags = [
+        structure.flatten_up_to(t) if t is not None else [None] * len(leaves) for t in (candidates, keep)
+    ]
     leaves = [jnp.asarray(leaf).astype(jnp.result_type(*leaves)) for leaf in leaves]
     return structure.unflatten(_global_masks(leaves, _count_dtype(k), *flags))
 
@@ -75,7 +78,9 @@ def _check(leaves):
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             continue
         if bool(jnp.isnan(leaf).any()):
-            raise ValueError(f"{name} of shape {jnp.shape(leaf)} contains NaN; scores must be numbers or infinities")
+            raise ValueError(
+                f"{name} of shape {jnp.shape(leaf)} contains NaN; scores must be numbers or infinities"
+            )
 
 
 @jax.jit
@@ -164,7 +169,9 @@ def _kth_largest(entries, k, size: int, axis):
         # what the last rejected trial reached is what lies above the digit: all later bits are ones
         found = lax.fori_loop(0, _DIGIT, next_bit, (jnp.zeros(rows, jnp.uint8), above, at_least))
         digit, above, at_least = found
-        threshold = jnp.where(in_key, threshold | (digit.astype(unsigned) << shift.astype(unsigned)), threshold)
+        threshold = jnp.where(
+            in_key, threshold | (digit.astype(unsigned) << shift.astype(unsigned)), threshold
+        )
         last = jnp.where(in_key, last, last | (digit.astype(jnp.uint32) << shift.astype(jnp.uint32)))
         return i + 1, threshold, last, above, at_least
 
@@ -181,8 +188,8 @@ def _kth_largest(entries, k, size: int, axis):
 def _digit(key, order, threshold, last, in_key, shift):
     """The 8 bits at `shift` of the key (or the order) of entries that share all digits found so far, else 0.
 
-    Entries above were counted in an earlier phase, entries below can no longer matter, and the smallest trial is
-    1. The barrier keeps XLA from recomputing the digits in every counting pass.
+    Entries above were counted in an earlier phase, entries below can no longer matter, and the smallest trial
+    is 1. The barrier keeps XLA from recomputing the digits in every counting pass.
     """
     of_key = _byte(key, threshold, shift, True)
     of_order = _byte(order, last, shift, key == threshold)

@@ -1,7 +1,7 @@
 """Target: how sparse, divided how, in which pattern, on which leaves. Every method aims at one.
 
-The five keywords `sparsity`, `allocation`, `pattern`, `include` and `exclude` mean the same in every transform
-and in `sparsejax.prune`; this is where they become exact counts and masks.
+The five keywords `sparsity`, `allocation`, `pattern`, `include` and `exclude` mean the same in every
+transform and in `sparsejax.prune`; this is where they become exact counts and masks.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Target:
     """What a sparse model should look like.
 
     The kept weights total round((1 - sparsity) N) of the N weights of the sparsified leaves: exactly for
-    `Unstructured`, to within half of the largest unit where all units of a leaf are equally large (channels, blocks
-    that divide the shape). Ragged blocks and unequal groups count as their leaf's average unit, so that the
-    sparsity reached may be further off; `sparsejax.sparsity` tells it. An N:M leaf keeps n of every m whatever the
-    allocation says. At `sparsity=0` every leaf is dense.
+    `Unstructured`, to within half of the largest unit where all units of a leaf are equally large (channels,
+    blocks that divide the shape). Ragged blocks and unequal groups count as their leaf's average unit, so
+    that the sparsity reached may be further off; `sparsejax.sparsity` tells it. An N:M leaf keeps n of every
+    m whatever the allocation says. At `sparsity=0` every leaf is dense.
 
     Args:
       sparsity: fraction of zeros in [0, 1). An explicit allocation replaces it (it becomes None); with N:M
@@ -87,7 +87,9 @@ class Target:
             chosen[name] = self.pattern[rule]
         for rule in self.pattern:
             if rule != "*" and not any(masks_lib.matches(name, (rule,)) for name in chosen):
-                raise ValueError(f"pattern rule {rule!r} matches no sparsified parameter (known: {', '.join(chosen)})")
+                raise ValueError(
+                    f"pattern rule {rule!r} matches no sparsified parameter (known: {', '.join(chosen)})"
+                )
         return {} if self.sparsity == 0 else chosen
 
     def counts(self, scores) -> dict[str, int]:
@@ -132,7 +134,8 @@ class Target:
     def _competed(self, scores, dense_share, within) -> dict[str, Any]:
         """Counts by one top-k over all leaves that compete for the budget (all but the N:M ones); jit-safe.
 
-        Every weight enters with the score of its unit, so that units of different sizes share one budget of weights.
+        Every weight enters with the score of its unit, so that units of different sizes share one budget of
+        weights.
         """
         leaves, patterns = masks_lib.flatten(scores), self.patterns(scores)
         inside = {} if within is None else masks_lib.flatten(within)

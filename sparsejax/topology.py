@@ -1,12 +1,12 @@
 """What all sparse training methods share: the masked step, drop and grow, and fresh moments.
 
-One training step of a sparse-to-sparse or gradual method (`evolve`) steps the inner optimizer on the kept weights
-and changes the masks if that is due, after which `params + updates` is exactly zero outside the new masks. A
-weight that was just grown starts at zero, with the inner optimizer's state as its `init` gives it.
+One training step of a sparse-to-sparse or gradual method (`evolve`) steps the inner optimizer on the kept
+weights and changes the masks if that is due, after which `params + updates` is exactly zero outside the new
+masks. A weight that was just grown starts at zero, with the inner optimizer's state as its `init` gives it.
 
 Departure from the reference code of SET and RigL: the step on which the masks change still updates the
-surviving weights. There it is skipped, which freezes learning-rate schedules and stops training altogether at an update
-period of one.
+surviving weights. There it is skipped, which freezes learning-rate schedules and stops training altogether at
+an update period of one.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,8 @@ from sparsejax.selection import top_k_mask
 
 
 def evolve(inner, due, change, grads, state, params, extra_args: Mapping | None = None):
-    """One training step: the inner optimizer under the present masks, then new masks from `change()` if `due`.
+    """One training step: the inner optimizer under the present masks, then new masks from `change()` if
+    `due`.
 
     Args:
       inner: an Optax transformation.
@@ -47,7 +48,9 @@ def evolve(inner, due, change, grads, state, params, extra_args: Mapping | None 
 
     tracked = jax.lax.cond(due, changed, lambda tracked: tracked, tracked)
     updates = land_on_zero(updates, params, tracked["masks"])
-    return updates, state._replace(count=optax.safe_increment(state.count), inner_state=inner_state, **tracked)
+    return updates, state._replace(
+        count=optax.safe_increment(state.count), inner_state=inner_state, **tracked
+    )
 
 
 def masked_update(inner, grads, inner_state, params, masks, extra_args: Mapping | None = None):
@@ -77,8 +80,8 @@ def land_on_zero(updates, params, masks):
 def reset_state(inner, inner_state, params, masks):
     """The inner state with every entry that belongs to a weight outside the masks as `inner.init` makes it.
 
-    Entries are found by structure, not by class (`masks.owner`), so it works for any Optax chain, and leaves alone
-    statistics that are shared by many weights (counts, the factored rows and columns of Adafactor).
+    Entries are found by structure, not by class (`masks.owner`), so it works for any Optax chain, and leaves
+    alone statistics that are shared by many weights (counts, the factored rows and columns of Adafactor).
     """
     owners = dict(jax.tree_util.tree_leaves_with_path(masks))
     if not any(is_sparsified(mask) for mask in owners.values()):
@@ -93,7 +96,8 @@ def reset_state(inner, inner_state, params, masks):
 
 
 def drop_and_grow(pattern: Pattern, mask, drop_scores, grow_scores, fraction):
-    """Drops the share `fraction` of a leaf's kept units and grows as many: the step of SET, RigL and their kin.
+    """Drops the share `fraction` of a leaf's kept units and grows as many: the step of SET, RigL and their
+    kin.
 
     Dropped are the kept units with the lowest `drop_scores`; grown are those with the highest `grow_scores`
     among all that are not kept now, a unit that was just dropped included (it then keeps its weight). The
@@ -123,7 +127,8 @@ def drop(active, unit_scores, fraction):
 
 
 def open_masks(patterns: Mapping[str, Pattern], params):
-    """Masks that sparsify the leaves of `patterns` but keep every weight so far: where gradual methods start."""
+    """Masks that sparsify the leaves of `patterns` but keep every weight so far: where gradual methods
+    start."""
     return masks_lib.map_with_name(
         lambda name, leaf: jnp.ones(leaf.shape, bool) if name in patterns else jnp.asarray(True), params
     )

@@ -53,8 +53,11 @@ def test_erk_power_zero_is_uniform_and_er_ignores_the_window():
     for value in allocation.erk(leaves, 0.8, power=0.0).values():
         assert value == pytest.approx(0.8)
     flat = shapes({name: shape[-2:] for name, shape in CONVNET.items()})
-    ratio = {n: (1 - s) * math.prod(flat[n].shape) / sum(flat[n].shape)
-             for n, s in allocation.erdos_renyi(leaves, 0.97).items() if s > 0}
+    ratio = {
+        n: (1 - s) * math.prod(flat[n].shape) / sum(flat[n].shape)
+        for n, s in allocation.erdos_renyi(leaves, 0.97).items()
+        if s > 0
+    }
     assert len(ratio) >= 4
     np.testing.assert_allclose(list(ratio.values()), next(iter(ratio.values())))
 
@@ -124,7 +127,9 @@ def test_explicit_leaves_round_on_their_own():
     leaves = shapes(LENET)
     sparsities = allocation.allocate(leaves, None, {"Dense_2/*": 0.0, "*kernel": 0.95})
     assert allocation.counts(leaves, sparsities, None) == {
-        "Dense_0/kernel": 11760, "Dense_1/kernel": 1500, "Dense_2/kernel": 1000
+        "Dense_0/kernel": 11760,
+        "Dense_1/kernel": 1500,
+        "Dense_2/kernel": 1000,
     }
 
 
@@ -141,8 +146,15 @@ def test_uniform_plus_finds_the_first_convolution_and_the_classifier():
 
 
 def test_first_and_last_follow_names_then_nesting_then_natural_order():
-    deep = shapes({"Conv_10/kernel": (3, 3, 8, 8), "Conv_9/kernel": (3, 3, 3, 8), "Dense_0/kernel": (8, 8),
-                   "Dense_10/kernel": (8, 4), "Dense_9/kernel": (8, 8)})
+    deep = shapes(
+        {
+            "Conv_10/kernel": (3, 3, 8, 8),
+            "Conv_9/kernel": (3, 3, 3, 8),
+            "Dense_0/kernel": (8, 8),
+            "Dense_10/kernel": (8, 4),
+            "Dense_9/kernel": (8, 8),
+        }
+    )
     # power 0: nothing but the classifier is dense
     dense = [name for name, value in allocation.erk_plus(deep, 0.6, power=0.0).items() if value == 0.0]
     assert dense == ["Dense_10/kernel"]

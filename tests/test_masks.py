@@ -62,7 +62,9 @@ def test_masks_are_found_wherever_the_transform_sits():
         sparse,
         optax.chain(optax.clip(1.0), sparse),
         optax.MultiSteps(sparse, 2),
-        optax.inject_hyperparams(lambda learning_rate: sparsejax.fixed(optax.sgd(learning_rate), sparsity=0.5))(0.1),
+        optax.inject_hyperparams(
+            lambda learning_rate: sparsejax.fixed(optax.sgd(learning_rate), sparsity=0.5)
+        )(0.1),
     ):
         assert sparsejax.sparsity(sparsejax.get_masks(tx.init(PARAMS))) == pytest.approx(0.5, abs=1e-2)
 
@@ -91,8 +93,14 @@ def test_rules_choose_leaves_by_path_and_rank():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"include": "nothing*"}, "include=['nothing*'] and exclude=[] select no parameter with two or more axes"),
-        ({"include": ("conv*", "typo/*")}, "include rule 'typo/*' matches no parameter (parameters: conv_0/bias"),
+        (
+            {"include": "nothing*"},
+            "include=['nothing*'] and exclude=[] select no parameter with two or more axes",
+        ),
+        (
+            {"include": ("conv*", "typo/*")},
+            "include rule 'typo/*' matches no parameter (parameters: conv_0/bias",
+        ),
         ({"exclude": ("haed/*",)}, "exclude rule 'haed/*' matches no parameter (parameters: conv_0/bias"),
     ],
 )
@@ -102,7 +110,9 @@ def test_rules_that_select_nothing_are_refused(rules, message):
 
 
 def test_choose_lists_and_suggests():
-    with pytest.raises(ValueError, match=re.escape("unknown method 'riggl'; did you mean 'rigl'? (known: rigl, snfs)")):
+    with pytest.raises(
+        ValueError, match=re.escape("unknown method 'riggl'; did you mean 'rigl'? (known: rigl, snfs)")
+    ):
         masks_lib.choose("method", "riggl", {"snfs": 1, "rigl": 2})
 
 

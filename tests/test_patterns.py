@@ -76,7 +76,9 @@ def test_nm_is_the_best_of_all_candidates():
     scores = np.random.default_rng(0).normal(size=(8, 3)) ** 2
     mask = np.asarray(NM(2, 4).mask(jnp.asarray(scores), 0.5))
     for group, column in itertools.product((slice(0, 4), slice(4, 8)), range(3)):
-        best = max(itertools.combinations(range(4), 2), key=lambda pair: scores[group, column][list(pair)].sum())
+        best = max(
+            itertools.combinations(range(4), 2), key=lambda pair: scores[group, column][list(pair)].sum()
+        )
         assert tuple(np.flatnonzero(mask[group, column])) == best
 
 
@@ -100,11 +102,19 @@ def test_blocks_that_do_not_divide_keep_the_shape(shape):
     padded = np.zeros((*shape[:-2], 8, 8), bool)
     padded[..., : shape[-2], : shape[-1]] = mask
     blocks = padded.reshape(*shape[:-2], 2, 4, 2, 4).any(axis=(-3, -1))
-    np.testing.assert_array_equal(np.repeat(np.repeat(blocks, 4, -2), 4, -1)[..., : shape[-2], : shape[-1]], mask)
+    np.testing.assert_array_equal(
+        np.repeat(np.repeat(blocks, 4, -2), 4, -1)[..., : shape[-2], : shape[-1]], mask
+    )
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.sampled_from(["sum", "mean", "max"]))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(["sum", "mean", "max"]),
+)
 def test_block_pooling_is_the_numpy_one(rows, columns, high, wide, pooling):
     scores = np.random.default_rng(rows * 10 + columns).uniform(size=(rows, columns)).astype(np.float32)
     pooled = Block((high, wide), pooling).pool(jnp.asarray(scores))
@@ -127,14 +137,23 @@ def test_parse():
     [
         (lambda: patterns.parse("2;4"), "unknown pattern '2;4' (known: unstructured, N:M such as 2:4"),
         (lambda: NM(5, 4), "N:M needs 0 < N <= M, got 5:4"),
-        (lambda: NM(2, 4).mask(jnp.ones((6, 8))), "2:4 needs axis -2 of scores to be divisible by 4, but its shape is (6, 8)"),
+        (
+            lambda: NM(2, 4).mask(jnp.ones((6, 8))),
+            "2:4 needs axis -2 of scores to be divisible by 4, but its shape is (6, 8)",
+        ),
         (lambda: NM(2, 4).mask(jnp.ones((8, 8)), 0.9), "2:4 has sparsity 0.5, got 0.9"),
         (lambda: Block((0, 4)), "a block needs positive side lengths, got (0, 4)"),
         (lambda: Block((4, 4), "median"), "unknown pooling 'median'; did you mean 'mean'?"),
-        (lambda: Block((2, 2, 2)).mask(jnp.ones((4, 4)), 0.5), "block (2, 2, 2) has more axes than scores of shape (4, 4)"),
+        (
+            lambda: Block((2, 2, 2)).mask(jnp.ones((4, 4)), 0.5),
+            "block (2, 2, 2) has more axes than scores of shape (4, 4)",
+        ),
         (lambda: Channel(2).mask(jnp.ones((4, 4)), 0.5), "channel axis 2 is outside scores of shape (4, 4)"),
         (lambda: Group([0, 2]), "group labels must be the integers 0 ... groups-1, all in use, got [0 2]"),
-        (lambda: Group([0, 1, 2]).mask(jnp.ones((4, 4)), 0.5), "group labels of shape (3,) do not broadcast to scores"),
+        (
+            lambda: Group([0, 1, 2]).mask(jnp.ones((4, 4)), 0.5),
+            "group labels of shape (3,) do not broadcast to scores",
+        ),
         (lambda: Unstructured().mask(jnp.ones((4, 4)), 1.0), "sparsity must be in [0, 1), got 1.0"),
     ],
 )

@@ -102,7 +102,8 @@ def test_global_blocks_are_chosen_by_their_pooled_scores():
     masks = pruning.prune(scores.magnitude(params), 0.75, pattern=Block((4, 4), "sum"))
     pooled = {
         name: np.abs(leaf).reshape(leaf.shape[0] // 4, 4, leaf.shape[1] // 4, 4).sum((1, 3))
-        for name, leaf in flatten(params).items() if name.endswith("kernel")
+        for name, leaf in flatten(params).items()
+        if name.endswith("kernel")
     }
     flat = np.sort(np.concatenate([leaf.ravel() for leaf in pooled.values()]))[::-1]
     threshold = flat[round(flat.size * 0.25) - 1]

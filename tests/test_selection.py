@@ -18,7 +18,9 @@ def sorted_top_k(scores, k):
     flat = np.asarray(scores, np.float64).ravel()
     flat = np.where(np.isnan(flat), -np.inf, flat)
     mask = np.zeros(flat.size, bool)
-    mask[np.lexsort((np.arange(flat.size), np.isnan(np.asarray(scores, np.float64).ravel()), -flat))[:k]] = True
+    mask[np.lexsort((np.arange(flat.size), np.isnan(np.asarray(scores, np.float64).ravel()), -flat))[:k]] = (
+        True
+    )
     return mask.reshape(np.shape(scores))
 
 
@@ -48,7 +50,9 @@ def test_equals_a_stable_sort(shape, kind, dtype):
         np.testing.assert_array_equal(top_k_mask(scores, k), expected)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((7, 9), 0), ((7, 9), 1), ((64, 50), 0), ((5, 40, 3), 1), ((6, 33), -1)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((7, 9), 0), ((7, 9), 1), ((64, 50), 0), ((5, 40, 3), 1), ((6, 33), -1)]
+)
 def test_rows_are_selected_independently(shape, axis):
     scores = np.random.default_rng(1).integers(-3, 4, size=shape).astype(np.float32)
     for k in (0, 1, 3, shape[axis]):
@@ -92,7 +96,11 @@ def test_k_may_be_traced_and_is_clipped():
 
 def test_global_selection_is_one_sort_over_the_tree():
     rng = np.random.default_rng(3)
-    tree = {"b": rng.integers(0, 9, (6, 7)), "a": rng.integers(0, 9, 11), "c": {"d": rng.integers(0, 9, (2, 3, 5))}}
+    tree = {
+        "b": rng.integers(0, 9, (6, 7)),
+        "a": rng.integers(0, 9, 11),
+        "c": {"d": rng.integers(0, 9, (2, 3, 5))},
+    }
     tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
     leaves = jax.tree.leaves(tree)
     joined = np.concatenate([np.ravel(leaf) for leaf in leaves])

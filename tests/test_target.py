@@ -55,7 +55,9 @@ def test_global_is_one_partition_over_the_model():
 def test_counts_on_the_way_run_from_all_to_the_final_ones(allocation, pattern):
     target, values = Target(sparsity=0.8, allocation=allocation, pattern=pattern), scores.magnitude(PARAMS)
     on_the_way = jax.jit(target.counts_on_the_way)
-    units = {name: p.units(masks_lib.flatten(PARAMS)[name].shape) for name, p in target.patterns(PARAMS).items()}
+    units = {
+        name: p.units(masks_lib.flatten(PARAMS)[name].shape) for name, p in target.patterns(PARAMS).items()
+    }
     assert {name: int(n) for name, n in on_the_way(values, 1.0).items()} == units
     assert {name: int(n) for name, n in on_the_way(values, 0.0).items()} == target.counts(values)
     totals = [sum(int(n) for n in on_the_way(values, share).values()) for share in (0.0, 0.3, 0.6, 1.0)]
@@ -78,14 +80,19 @@ def test_counts_of_shapes_are_exact_beyond_float32():
 
 
 def test_random_masks_do_not_depend_on_other_leaves():
-    alone = Target(sparsity=0.5, allocation="uniform").random_masks(jax.random.key(0), {"head": PARAMS["head"]})
+    alone = Target(sparsity=0.5, allocation="uniform").random_masks(
+        jax.random.key(0), {"head": PARAMS["head"]}
+    )
     together = Target(sparsity=0.5, allocation="uniform").random_masks(jax.random.key(0), PARAMS)
     np.testing.assert_array_equal(alone["head"]["kernel"], together["head"]["kernel"])
 
 
 def test_random_small_units_are_not_disfavoured():
     """The edge blocks of a 4 x 6 leaf in 4x4 blocks hold half as many weights and are drawn as often."""
-    params, target = {"kernel": jnp.ones((4, 6))}, Target(sparsity=0.5, pattern="block:4x4", allocation="uniform")
+    params, target = (
+        {"kernel": jnp.ones((4, 6))},
+        Target(sparsity=0.5, pattern="block:4x4", allocation="uniform"),
+    )
     drawn = sum(int(target.random_masks(jax.random.key(i), params)["kernel"][0, 5]) for i in range(200))
     assert 60 < drawn < 140
 

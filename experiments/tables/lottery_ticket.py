@@ -9,7 +9,13 @@ STEPS = 320  # 20 epochs of digits
 PRUNE_FRACTION = 0.3868  # 8 rounds keep 2 % of the weights
 ROUNDS = (2, 4, 6, 8)
 CONTROLS = {"ticket": "ticket", "new weights": "reinit", "shuffled masks": "random"}
-IMP = {"name": "imp", "prune_fraction": PRUNE_FRACTION, "rewind_step": 0, "scope": "global", "final_steps": 3 * STEPS}
+IMP = {
+    "name": "imp",
+    "prune_fraction": PRUNE_FRACTION,
+    "rewind_step": 0,
+    "scope": "global",
+    "final_steps": 3 * STEPS,
+}
 
 
 def sparsity(rounds: int) -> float:

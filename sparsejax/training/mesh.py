@@ -65,7 +65,9 @@ def state_shardings(mesh: Mesh, state, params):
     def place(path, leaf):
         param = owner(path, owners)
         follows = param is not None and param.shape == leaf.shape
-        return NamedSharding(mesh, param_spec(leaf.shape, mesh.shape["model"]) if follows else PartitionSpec())
+        return NamedSharding(
+            mesh, param_spec(leaf.shape, mesh.shape["model"]) if follows else PartitionSpec()
+        )
 
     return jax.tree_util.tree_map_with_path(place, state)
 

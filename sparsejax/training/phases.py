@@ -106,8 +106,8 @@ def imp(
       reinit, random: find the masks as `ticket` does; in the last round draw new weights, or shuffle the
         masks inside each layer.
       finetune: keep the trained weights and train on at `finetune_factor` times the peak learning rate.
-      learning_rate_rewinding: keep the trained weights and norm statistics, rewind optimizer, schedules and data
-        order (Renda et al. 2020).
+      learning_rate_rewinding: keep the trained weights and norm statistics, rewind optimizer, schedules and
+        data order (Renda et al. 2020).
 
     Args:
       config: the resolved configuration; `steps` is the length of a round.

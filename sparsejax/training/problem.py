@@ -122,7 +122,8 @@ def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
             )
     if keywords.get("update_every", 0) >= min(phase.steps, keywords.get("update_end") or phase.steps):
         logging.warning(
-            "config.method.update_every=%d: the masks never change, because updates end before", keywords["update_every"]
+            "config.method.update_every=%d: the masks never change, because updates end before",
+            keywords["update_every"],
         )
     if name == "fixed":
         keywords = _fixed_keywords(problem, keywords, variables)
@@ -131,7 +132,9 @@ def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
 
 def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dict:
     for keyword in keywords:
-        choose("keyword of method 'fixed'", keyword, ("score", *AT_INIT_KEYWORDS, *transforms.keywords("fixed")))
+        choose(
+            "keyword of method 'fixed'", keyword, ("score", *AT_INIT_KEYWORDS, *transforms.keywords("fixed"))
+        )
     score = choose("score", keywords.pop("score", "random"), SCORES)
     allocation = keywords.get("allocation")
     if score != "random":
@@ -149,8 +152,9 @@ def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dic
 def masks_at_init(problem: Problem, score: str, keywords: Mapping, variables: Mapping):
     """Masks from a score of the initial weights.
 
-    SNIP and GraSP see the first training batches as training does, with batch norm by batch statistics (GraSP's
-    authors draw ten samples of every class instead). SynFlow sees no data, and norm layers in inference mode.
+    SNIP and GraSP see the first training batches as training does, with batch norm by batch statistics
+    (GraSP's authors draw ten samples of every class instead). SynFlow sees no data, and norm layers in
+    inference mode.
 
     Args:
       score: a name of `sparsejax.pruning.at_init`.

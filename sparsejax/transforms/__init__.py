@@ -1,4 +1,5 @@
-"""Sparse training methods as Optax transforms, one per file, and the registry that configs build them from."""
+"""Sparse training methods as Optax transforms, one per file, and the registry that configs build them
+from."""
 
 import inspect
 

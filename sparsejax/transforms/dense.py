@@ -1,4 +1,5 @@
-"""Dense training: the inner optimizer and masks that sparsify nothing, so that a baseline runs like a method."""
+"""Dense training: the inner optimizer and masks that sparsify nothing, so that a baseline runs like a
+method."""
 
 from typing import NamedTuple
 

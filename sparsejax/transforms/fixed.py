@@ -1,9 +1,9 @@
 """Fixed masks: static sparse training, with given or randomly drawn masks.
 
-theta <- (theta - update(g * m)) * m with a mask m that never changes. With random masks and `allocation="erk"` it
-is the static baseline of RigL (Evci et al. 2020) and Random Pruning (Liu et al. 2022); with the masks of
-`sparsejax.pruning.at_init` it is SNIP, GraSP and SynFlow; with those of a trained network it is one round of
-iterative magnitude pruning.
+theta <- (theta - update(g * m)) * m with a mask m that never changes. With random masks and
+`allocation="erk"` it is the static baseline of RigL (Evci et al. 2020) and Random Pruning (Liu et al. 2022);
+with the masks of `sparsejax.pruning.at_init` it is SNIP, GraSP and SynFlow; with those of a trained network
+it is one round of iterative magnitude pruning.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,9 @@ def fixed(
       **target: of the random masks: `sparsity`, `allocation`, `pattern`, `include`, `exclude`, see `Target`.
     """
     if masks is not None and target:
-        raise ValueError(f"fixed takes either masks or a target for random ones, got masks and {', '.join(target)}")
+        raise ValueError(
+            f"fixed takes either masks or a target for random ones, got masks and {', '.join(target)}"
+        )
     aim = target_of(**target) if masks is None else None
 
     def init(params):

@@ -4,9 +4,9 @@ Starts dense and raises the sparsity of every leaf along
 
     s_t = s_f (1 - (1 - (t - begin) / (end - begin))^3),
 
-keeping the weights of largest magnitude at every update. Pruned weights are zero and get no gradient, so masks are nested
-and never recover (the reference code keeps their frozen values, so that there they can). The final sparsity is
-reached exactly at `end`, whatever the period of the updates.
+keeping the weights of largest magnitude at every update. Pruned weights are zero and get no gradient, so
+masks are nested and never recover (the reference code keeps their frozen values, so that there they can). The
+final sparsity is reached exactly at `end`, whatever the period of the updates.
 """
 
 from typing import NamedTuple
@@ -47,8 +47,8 @@ def gradual(
       update_every: steps between changes of the masks (the paper: 100 to 1000).
       schedule: "cubic" as in the paper, or "linear".
       score: what is kept, a name of `sparsejax.scores.SCORES`.
-      **target: `sparsity`, `allocation` ("uniform", as in the paper; `global` and `lamp` re-divide the budget at
-        every update), `pattern`, `include`, `exclude`, see `Target`.
+      **target: `sparsity`, `allocation` ("uniform", as in the paper; `global` and `lamp` re-divide the budget
+        at every update), `pattern`, `include`, `exclude`, see `Target`.
     """
     aim = target_of(**{"allocation": "uniform", **target})
     progress = choose("schedule", schedule, {"cubic": cubic, "linear": linear})(begin, end)
@@ -56,7 +56,9 @@ def gradual(
     score_of = choose("score", score, scores.SCORES)
 
     def init(params):
-        return GradualState(jnp.zeros([], jnp.int32), open_masks(aim.patterns(params), params), inner.init(params))
+        return GradualState(
+            jnp.zeros([], jnp.int32), open_masks(aim.patterns(params), params), inner.init(params)
+        )
 
     def update(grads, state, params=None, **extra_args):
         def change(masks):

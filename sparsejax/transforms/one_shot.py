@@ -1,6 +1,7 @@
 """One-shot pruning during training: dense until step `at`, then pruned once and trained on with fixed masks.
 
-The baseline of every gradual method, and with `at` late in training the usual prune and fine-tune (Han et al. 2015).
+The baseline of every gradual method, and with `at` late in training the usual prune and fine-tune (Han et al.
+2015).
 """
 
 from typing import NamedTuple
@@ -39,7 +40,9 @@ def one_shot(
     score_of = choose("score", score, scores.SCORES)
 
     def init(params):
-        return OneShotState(jnp.zeros([], jnp.int32), open_masks(aim.patterns(params), params), inner.init(params))
+        return OneShotState(
+            jnp.zeros([], jnp.int32), open_masks(aim.patterns(params), params), inner.init(params)
+        )
 
     def update(grads, state, params=None, **extra_args):
         def change(_):

@@ -52,7 +52,10 @@ def rigl(
       **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`.
     """
     aim = target_of(**target)
-    fraction, due = drop_fraction_schedule(drop_fraction, update_end), updates_due(update_every, end=update_end)
+    fraction, due = (
+        drop_fraction_schedule(drop_fraction, update_end),
+        updates_due(update_every, end=update_end),
+    )
 
     def init(params):
         masks = aim.random_masks(jax.random.key(seed), params)

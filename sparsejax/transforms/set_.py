@@ -1,12 +1,13 @@
-"""SET: Scalable training of artificial neural networks with adaptive sparse connectivity (Mocanu et al. 2018).
+"""SET: Scalable training of artificial neural networks with adaptive sparse connectivity (Mocanu et al.
+2018).
 
-Every `update_every` steps, in every sparsified leaf with n kept weights and r = floor(f(t) n): the r kept weights of
-smallest |w| are dropped and r others grown uniformly at random.
+Every `update_every` steps, in every sparsified leaf with n kept weights and r = floor(f(t) n): the r kept
+weights of smallest |w| are dropped and r others grown uniformly at random.
 
-Ours departs from the original in the ways that later work adopted: magnitudes decide (there, the smallest positive and the
-largest negative weights are dropped separately), grown weights start at zero instead of N(0, 0.1^2), and the
-fraction may be annealed by a cosine. `unfired_first` is the option of In-Time Over-Parameterization (Liu et al.
-2021): weights that were never active are grown before all others.
+Ours departs from the original in the ways that later work adopted: magnitudes decide (there, the smallest
+positive and the largest negative weights are dropped separately), grown weights start at zero instead of N(0,
+0.1^2), and the fraction may be annealed by a cosine. `unfired_first` is the option of In-Time
+Over-Parameterization (Liu et al. 2021): weights that were never active are grown before all others.
 """
 
 from typing import NamedTuple
@@ -56,13 +57,20 @@ def set_(
       **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`.
     """
     aim = target_of(**target)
-    fraction, due = drop_fraction_schedule(drop_fraction, update_end), updates_due(update_every, end=update_end)
+    fraction, due = (
+        drop_fraction_schedule(drop_fraction, update_end),
+        updates_due(update_every, end=update_end),
+    )
 
     def init(params):
         key, growth = jax.random.split(jax.random.key(seed))
         masks = aim.random_masks(key, params)
         return SetState(
-            jnp.zeros([], jnp.int32), jax.random.key_data(growth), masks, copy_masks(masks), inner.init(params)
+            jnp.zeros([], jnp.int32),
+            jax.random.key_data(growth),
+            masks,
+            copy_masks(masks),
+            inner.init(params),
         )
 
     def update(grads, state, params=None, **extra_args):

@@ -1,12 +1,13 @@
 """SNFS: Sparse Networks from Scratch, sparse momentum (Dettmers & Zettlemoyer 2019).
 
-A dense average of the gradients, V <- beta V + (1 - beta) g, decides where weights grow. Every `update_every` steps the
-share f(t) of every leaf's weights with the smallest |w| is dropped; the R weights dropped in all leaves together are divided
-over the leaves in proportion to the mean |V| of their kept weights, and grow where |V| is largest. A leaf that is
-full passes its share on. The total count is constant, the counts of the leaves are not.
+A dense average of the gradients, V <- beta V + (1 - beta) g, decides where weights grow. Every `update_every`
+steps the share f(t) of every leaf's weights with the smallest |w| is dropped; the R weights dropped in all
+leaves together are divided over the leaves in proportion to the mean |V| of their kept weights, and grow
+where |V| is largest. A leaf that is full passes its share on. The total count is constant, the counts of the
+leaves are not.
 
-Only `Unstructured` leaves take part in the redistribution (units of other patterns differ in size); all others, and all leaves
-with `redistribute=False` (how RigL's authors ran it), grow what they dropped.
+Only `Unstructured` leaves take part in the redistribution (units of other patterns differ in size); all
+others, and all leaves with `redistribute=False` (how RigL's authors ran it), grow what they dropped.
 """
 
 from typing import NamedTuple
@@ -61,7 +62,10 @@ def snfs(
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta}")
     aim = target_of(**target)
-    fraction, due = drop_fraction_schedule(drop_fraction, update_end), updates_due(update_every, end=update_end)
+    fraction, due = (
+        drop_fraction_schedule(drop_fraction, update_end),
+        updates_due(update_every, end=update_end),
+    )
 
     def init(params):
         masks = aim.random_masks(jax.random.key(seed), params)
@@ -89,7 +93,9 @@ def snfs(
 
 def _change(patterns, masks, magnitudes, momentum, fraction, redistribute):
     active, kept = {}, {}
-    flat = {name: masks_lib.flatten(tree) for name, tree in [("mask", masks), ("w", magnitudes), ("v", momentum)]}
+    flat = {
+        name: masks_lib.flatten(tree) for name, tree in [("mask", masks), ("w", magnitudes), ("v", momentum)]
+    }
     for name, pattern in patterns.items():
         active[name] = pattern.reduce(flat["mask"][name])
         kept[name] = topology.drop(active[name], pattern.pool(flat["w"][name]), fraction)

@@ -153,7 +153,8 @@ class TestContract:
         chex.assert_trees_all_close(scanned, looped, rtol=1e-5)
 
     @pytest.mark.parametrize(
-        "inner", [optax.adamw(1e-2), optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))]
+        "inner",
+        [optax.adamw(1e-2), optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))],
     )
     def test_sparsity_zero_is_the_inner_optimizer_bit_for_bit(self, method, inner):
         kwargs = {} if method == "dense" else {"sparsity": 0.0}
@@ -163,7 +164,9 @@ class TestContract:
 
     def test_bfloat16(self, method):
         for params, state in train(build(method), make_params(jnp.bfloat16)):
-            for param, mask in zip(jax.tree.leaves(params), jax.tree.leaves(sparsejax.get_masks(state)), strict=True):
+            for param, mask in zip(
+                jax.tree.leaves(params), jax.tree.leaves(sparsejax.get_masks(state)), strict=True
+            ):
                 assert param.dtype == jnp.bfloat16
                 assert mask.ndim == 0 or not np.asarray(param, np.float32)[~np.asarray(mask)].any()
 
@@ -206,7 +209,11 @@ INNER = {
     "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), optax.add_decayed_weights(0.1)),
     "multi_transform": optax.multi_transform(
         {"a": optax.adam(1e-2), "b": optax.sgd(1e-2, momentum=0.9)},
-        {"first": {"kernel": "a", "bias": "b"}, "second": {"kernel": "b", "bias": "a"}, "third": {"kernel": "a"}},
+        {
+            "first": {"kernel": "a", "bias": "b"},
+            "second": {"kernel": "b", "bias": "a"},
+            "third": {"kernel": "a"},
+        },
     ),
     "schedule_free": optax.contrib.schedule_free_adamw(1e-2),
     "amsgrad": optax.amsgrad(1e-2),

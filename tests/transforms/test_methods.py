@@ -43,7 +43,10 @@ def test_rigl_on_six_weights_by_hand():
     # the returned weight 2 kept its value and took its step, the new weight 4 starts at zero
     np.testing.assert_allclose(new, flat([3.0 + 0.9, 0.0, 0.2 + 8.9, 0.0, 0.0, 0.0]), rtol=1e-6)
     np.testing.assert_allclose(state.inner_state.trace["kernel"], flat([0.9, 0, 8.9, 0, 0, 0]), rtol=1e-6)
-    np.testing.assert_array_equal(state.fired["kernel"], state.masks["kernel"] | np.asarray(masks["kernel"]) | np.asarray(state.fired["kernel"]))
+    np.testing.assert_array_equal(
+        state.fired["kernel"],
+        state.masks["kernel"] | np.asarray(masks["kernel"]) | np.asarray(state.fired["kernel"]),
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -52,7 +55,9 @@ def test_rigl_equals_enumeration(seed):
     weights, grads = rng.normal(size=(2, 12))
     mask = rng.permutation(12) < 6
     new = topology.drop_and_grow(Unstructured(), jnp.asarray(mask), jnp.abs(weights), jnp.abs(grads), 0.5)
-    best = max(itertools.combinations(np.flatnonzero(mask), 3), key=lambda kept: np.abs(weights[list(kept)]).sum())
+    best = max(
+        itertools.combinations(np.flatnonzero(mask), 3), key=lambda kept: np.abs(weights[list(kept)]).sum()
+    )
     rest = [i for i in range(12) if i not in best]
     grown = max(itertools.combinations(rest, 3), key=lambda new: np.abs(grads[list(new)]).sum())
     assert set(np.flatnonzero(new)) == {*best, *grown}
@@ -217,14 +222,22 @@ def test_a_dense_leaf_is_not_taken_for_one_with_a_shorter_path():
 
 @pytest.mark.parametrize("allocation", ["uniform", "erk", "global", "lamp", {"a/*": 0.9, "*": 0.5}])
 def test_gradual_masks_are_nested_and_end_exactly(allocation):
-    params = {name: {"kernel": jax.random.normal(jax.random.key(i), (20, 15 * i + 5))} for i, name in enumerate("ab")}
-    tx = sparsejax.gradual(optax.sgd(0.1), sparsity=0.8, begin=2, end=17, update_every=6, allocation=allocation)
+    params = {
+        name: {"kernel": jax.random.normal(jax.random.key(i), (20, 15 * i + 5))}
+        for i, name in enumerate("ab")
+    }
+    tx = sparsejax.gradual(
+        optax.sgd(0.1), sparsity=0.8, begin=2, end=17, update_every=6, allocation=allocation
+    )
     state, reached, update = tx.init(params), [], jax.jit(tx.update)
     for step in range(20):
         grads = jax.tree.map(lambda leaf, step=step: jnp.cos(step + leaf), params)
         updates, new = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        assert all(bool(jnp.all(old | ~mask)) for old, mask in zip(*map(jax.tree.leaves, (state.masks, new.masks)), strict=True))
+        assert all(
+            bool(jnp.all(old | ~mask))
+            for old, mask in zip(*map(jax.tree.leaves, (state.masks, new.masks)), strict=True)
+        )
         state = new
         reached.append(sparsejax.sparsity(state.masks))
     changes = [step for step in range(1, 20) if reached[step] != reached[step - 1]]
@@ -234,7 +247,9 @@ def test_gradual_masks_are_nested_and_end_exactly(allocation):
     else:
         assert reached[-1] == 0.8
         for step in changes:
-            assert reached[step] == pytest.approx(0.8 * (1 - (1 - (step - 2) / 15) ** 3), abs=2 * 0.5 / 500 + 1e-6)  # each leaf rounds
+            assert reached[step] == pytest.approx(
+                0.8 * (1 - (1 - (step - 2) / 15) ** 3), abs=2 * 0.5 / 500 + 1e-6
+            )  # each leaf rounds
 
 
 def test_gradual_keeps_the_largest_magnitudes():
