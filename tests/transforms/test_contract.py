@@ -135,12 +135,14 @@ def check_changes(method, masks):
 @pytest.mark.parametrize("method", METHOD_KEYWORDS)
 class TestContract:
     def test_jit_equals_no_jit(self, method):
-        jitted, plain = (last(train(build(method), make_params(), jit=jit)) for jit in (True, False))
+        # not Adam: its first step moves all grown weights by the same amount, and the last bit would rank them
+        tx = build(method, inner=optax.sgd(0.1, momentum=0.9))
+        jitted, plain = (last(train(tx, make_params(), jit=jit)) for jit in (True, False))
         chex.assert_trees_all_equal(sparsejax.get_masks(jitted[1]), sparsejax.get_masks(plain[1]))
         chex.assert_trees_all_close(jitted[0], plain[0], rtol=1e-5)
 
     def test_scan_equals_loop(self, method):
-        tx, params = build(method), make_params()
+        tx, params = build(method, inner=optax.sgd(0.1, momentum=0.9)), make_params()
 
         def body(carry, index):
             params, state = carry
