@@ -141,7 +141,3 @@ def change_leaves(function, patterns: Mapping[str, Pattern], masks, *trees):
         return function(name, patterns[name], mask, *leaves) if name in patterns else mask
 
     return masks_lib.map_with_name(leaf, masks, *trees)
-
-
-def _union(fired, masks):
-    return jax.tree.map(jnp.logical_or, fired, masks)

@@ -86,7 +86,11 @@ def test_unknown_names_are_listed(tiny, tmp_path, fields, message):
 
 def test_every_optax_optimizer_with_a_learning_rate_is_known():
     for name in ("sgd", "adam", "adamw", "lion", "rmsprop", "adafactor", "lamb"):
-        build_optimizer({"name": name, "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0}, 10)
+        config = {"name": name, "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0}
+        tx, schedule = build_optimizer(config, 10)
+        params = {"w": jnp.ones((4, 4))}
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert float(schedule(9)) == pytest.approx(0.1) and float(updates["w"].max()) < 0, name
 
 
 def test_weight_decay_is_the_l2_penalty_for_sgd():
