@@ -45,7 +45,7 @@ def beats(series: str, rounds=ROUNDS):
 
 
 TABLE = Table(
-    title="The lottery ticket hypothesis: winning tickets against their controls",
+    title="Winning tickets against their controls",
     papers=("J. Frankle, M. Carbin: The Lottery Ticket Hypothesis, ICLR 2019",),
     about="scikit-learn's digits, LeNet-300-100, iterative magnitude pruning: every round trains 20 epochs, removes "
     f"{100 * PRUNE_FRACTION:g} % of the remaining weights over all layers and rewinds to initialisation (SGD with momentum, no "
