@@ -7,6 +7,7 @@ continues. `--list` shows the tables, `--quick` runs a two-minute version of one
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -61,7 +62,7 @@ def regenerate(
     quick: bool = False,
     jobs: int = 1,
     seeds: int | None = None,
-    function: workers.Function = workers.train,
+    function: workers.Function | None = None,
     config_hash: Callable | None = None,
 ) -> list[Run]:
     """Executes what is missing of a table and writes its report.
@@ -73,8 +74,9 @@ def regenerate(
       quick: only the rows marked quick, with the quick overrides and seeds.
       jobs: local processes.
       seeds: seeds per row, instead of the table's own numbers.
-      function: executes a run: `(config, workdir) -> summary`, and leaves `summary.json` there.
-      config_hash: names a config; that of `sparsejax.training` unless given.
+      function: executes a run: `(config, workdir) -> summary`, and leaves `summary.json` there; that of the table
+        unless given.
+      config_hash: names a config; unless given, that of `sparsejax.training`.
 
     Returns:
       The runs with their summaries or errors.
@@ -95,7 +97,7 @@ def regenerate(
     configs, runs = expand(table, config_hash, quick=quick, seeds=seeds)
     _share_compilations(workdir / "compilation-cache")
     start = time.monotonic()
-    outcomes = _execute(configs, runs, workdir, function, jobs)
+    outcomes = _execute(configs, runs, workdir, function or table.function or workers.train, jobs)
     for run in runs:
         run.summary, run.error = outcomes[run.hash]
     if quick:
@@ -111,8 +113,10 @@ def regenerate(
 def expand(table: tables.Table, config_hash: Callable, *, quick: bool = False, seeds: int | None = None):
     """The configs by hash, and the runs of a table: rows x seeds.
 
-    Rows with equal configs (a dense network shown twice) share one execution.
+    Rows with equal configs (a dense network shown twice) share one execution. A table with a function of its own
+    has configs that `config_hash` need not know.
     """
+    config_hash = config_hash if table.function is None else _plain_hash
     configs, runs = {}, []
     for panel in table.panels:
         for row in panel.rows:
@@ -145,6 +149,11 @@ def _execute(configs: dict, runs: list[Run], workdir: pathlib.Path, function, jo
                 bar.write(f"failed: {names[hash]}: {event.error} ({workdir / hash})", file=sys.stderr)
             bar.update()
     return outcomes
+
+
+def _plain_hash(config) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of the config's JSON."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _finished(folder: pathlib.Path) -> dict | None:

@@ -44,7 +44,8 @@ def train(config, workdir: pathlib.Path) -> dict:
     from sparsejax.allocator import keep_freed_memory
 
     keep_freed_memory()
-    return training.run(config, workdir, progress=False)
+    # pretrained runs lie beside the others, so that rows share them
+    return training.run(config, workdir, progress=False, runs=workdir.parent)
 
 
 def execute(tasks: Sequence[Task], function: Function, jobs: int = 1) -> Iterator[Event]:

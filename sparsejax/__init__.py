@@ -2,17 +2,44 @@
 
 from sparsejax import (
     allocation,
+    bayes,
     flops,
     masks,
     nn,
     patterns,
+    proximal,
     pruning,
     schedules,
     scores,
     selection,
+    structure,
     transforms,
 )
-from sparsejax.masks import apply_masks, churn, densities, exploration_rate, get_masks, sparsity
+from sparsejax.masks import apply_masks, churn, densities, exploration_rate, get_masks, sad, sparsity
 from sparsejax.pruning import prune
 from sparsejax.target import Target
-from sparsejax.transforms import dense, fixed, gradual, one_shot, rigl, set_, snfs
+from sparsejax.transforms import (
+    adams,
+    ast,
+    bdwp,
+    cric,
+    dense,
+    fixed,
+    gradual,
+    group_lasso,
+    hesso,
+    mdgf,
+    nuclear,
+    one_shot,
+    prox_l0,
+    prox_l1,
+    rigl,
+    sdgf,
+    set_,
+    snfs,
+    sr_ste,
+    ssvi,
+    ste,
+    turbo_vbi,
+    wgsef,
+)

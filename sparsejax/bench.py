@@ -1,9 +1,9 @@
-"""Benches of the inner loops: `python -m sparsejax.bench [selection|transforms] [--json] [--repeats=N]`.
+"""Benches of the inner loops: `python -m sparsejax.bench [NAME ...] [--json] [--repeats=N]`, all without a name.
 
 As in `experiments.run`, freed memory is kept (see `sparsejax.allocator`). Every line compares ours with a
 baseline measured in the same process, each the median of repeats that alternate between the two. For
-selection the ratio is baseline / ours (how many times faster), for transforms it is ours / baseline (what it
-costs).
+selection and proximal operators the ratio is baseline / ours (how many times faster), for transforms it is
+ours / baseline (what it costs). The memory bench runs nothing: it asks the compiler.
 """
 
 import argparse
@@ -16,23 +16,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import linen
 
 import sparsejax
-from sparsejax import models, selection
+from sparsejax import models, nn, proximal, selection
 from sparsejax.allocator import keep_freed_memory
 from sparsejax.masks import choose
 
 
 class Result(NamedTuple):
-    """One line of a bench; times in milliseconds."""
+    """One line of a bench: ours and a baseline's time (or memory), in `unit`."""
 
     case: str
-    ours_ms: float
+    ours: float
     baseline: str
-    baseline_ms: float
+    theirs: float
     ratio: float
     ratio_is: str
+    unit: str = "ms"
 
 
 def measure(
@@ -163,7 +166,86 @@ def _training(model, tx, params, batch, steps: int, every_step: bool = False) ->
     return run
 
 
-BENCHES = {"selection": selection_bench, "transforms": transforms_bench}
+# --- proximal operators ------------------------------------------------------------------------------
+
+
+def proximal_bench(repeats: int) -> Iterator[Result]:
+    """The WGSEF prox of a million groups, a tenth of them kept, against sorting all breakpoints."""
+    norms = jnp.abs(jax.random.normal(jax.random.key(0), (10**6,)))
+    sizes = jnp.exp(0.5 * jax.random.normal(jax.random.key(1), norms.shape))
+    prox = jax.jit(lambda v, lam, k, weights: proximal.wgsef_prox(v, lam, k, weights=weights))
+    k = jnp.uint32(norms.size // 10)
+    for title, weights in (("", jnp.ones_like(norms)), (", unequal weights", sizes)):
+        for lam in (0.01, 1.0, 100.0):
+            case = f"WGSEF prox, 1M groups, lam {lam:g}{title}"
+            ours = blocking(prox, norms, lam, k, weights)
+            yield measure(case, ours, "jnp.sort", blocking(_prox_by_sorting, norms, lam, k, weights), repeats)
+    host = [np.asarray(array, np.float32) for array in (norms, weights)]
+    numpy_version = partial(_prox_by_sorting, host[0], np.float32(lam), int(k), host[1], np)
+    yield measure(case, ours, "np.sort", numpy_version, repeats)
+
+
+def _prox_by_sorting(v, lam, k, weights, xp=jnp):
+    """The textbook solution: all breakpoints of sum clip(b t - c, 0, 1) sorted, the sum at each of them by
+    cumulative sums of the slopes that begin and end there, and t interpolated where it reaches k."""
+    c = lam * weights
+    b = xp.sqrt(c) * xp.abs(v)
+    breaks = xp.concatenate([c / b, (1 + c) / b])
+    order = xp.argsort(breaks)
+    breaks, slopes = breaks[order], xp.cumsum(xp.concatenate([b, -b])[order])
+    sums = xp.concatenate([xp.zeros(1, v.dtype), xp.cumsum(slopes[:-1] * xp.diff(breaks))])
+    i = xp.searchsorted(sums, xp.asarray(k, v.dtype)) - 1
+    t = breaks[i] + (k - sums[i]) / slopes[i]
+    u = xp.clip(b * t - c, 0, 1)
+    return v * u / (u + c)
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+# XLA orders CPU programs for concurrency unless told otherwise; on an accelerator memory comes first anyway.
+MEMORY_FIRST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def memory_bench(repeats: int) -> Iterator[Result]:
+    """Peak memory of an Adam step on a stack of linear layers, parameters and optimizer state included."""
+    del repeats
+    width, depth = 1024, 6
+    layers = {
+        "low_rank": {"rank": width // 8},
+        "monarch": {},
+        "sparse_low_rank": {"rank": width // 8, "density": 0.03},
+    }
+    orders = {"memory first": MEMORY_FIRST, "default order": {}} if jax.default_backend() == "cpu" else {"": {}}
+    for order, options in orders.items():
+        dense = _peak({"name": "dense"}, width, depth, options)
+        for name, keywords in layers.items():
+            ours = _peak({"name": name, **keywords}, width, depth, options)
+            case = f"{name}: Adam step of {depth} layers {width} x {width}, {order}".removesuffix(", ")
+            yield Result(case, ours, "dense layers", dense, ours / dense, "ours/baseline", "MiB")
+
+
+def _peak(spec: dict, width: int, depth: int, options: dict) -> float:
+    """MiB that XLA plans for a training step of `depth` linear layers on a batch of 128."""
+    model = linen.Sequential([nn.linear(spec, width) for _ in range(depth)])
+    x, adam = jax.ShapeDtypeStruct((128, width), jnp.float32), optax.adam(1e-3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    params = variables.pop("params")
+
+    def step(params, state, variables, x):
+        def loss(params):
+            return jnp.mean(jnp.square(model.apply({"params": params, **variables}, x)))
+
+        updates, state = adam.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(adam.init, params)
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, variables, x)
+    plan = lowered.compile(compiler_options=options).memory_analysis()
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return (held + plan.temp_size_in_bytes) / 2**20
+
+
+BENCHES = {"selection": selection_bench, "proximal": proximal_bench, "transforms": transforms_bench, "memory": memory_bench}
 
 
 def main() -> None:
@@ -187,7 +269,8 @@ def main() -> None:
 
 def _line(result: Result) -> str:
     return (
-        f"{result.case:66s} {result.ours_ms:9.1f} ms   {result.baseline:22s} {result.baseline_ms:9.1f} ms   "
+        f"{result.case:66s} {result.ours:9.1f} {result.unit:3s}  {result.baseline:22s} {result.theirs:9.1f} "
+        f"{result.unit:3s}  "
         f"{result.ratio_is} = {result.ratio:.3g}"
     )
 

@@ -8,11 +8,22 @@ Training is counted as the RigL paper does (Evci et al. 2020, appendix H): the b
 forward pass (gradients of the inputs and of the weights). With f_D and f_S the dense and the sparse forward
 FLOPs, a step costs
 
-  dense                          3 f_D
+  dense, AdamS                   3 f_D
   fixed masks, SET               3 f_S
-  gradual and one-shot pruning   3 f_S at the density of that step; over a run, at the mean density
-  SNFS                           2 f_S + f_D               (the dense weight gradient at every step)
+  gradual and one-shot pruning,
+  HESSO, CRIC                    3 f_S at the density of that step; over a run, at the mean density
+  SNFS, proximal methods         2 f_S + f_D               (the dense weight gradient at every step)
   RigL                           (3 f_S dT + 2 f_S + f_D) / (dT + 1)      (dense once every dT steps)
+  STE, SR-STE, MdGF, SdGF, AST   f_S + 2 f_D              (sparse forward pass only)
+  BDWP                           f_S + f_B + f_D          (f_B: as f_S, for the backward masks)
+  Turbo-VBI                      6 f_S
+  SSVI                           (6 f_S dT + 5 f_S + f_D) / (dT + 1)
+
+Straight-through methods update every weight, so their weight gradient is dense. Their input gradient does use
+masked weights, but N:M groups lie along the reduction axis of the forward product and not of this one, where
+no sparse product could use them: it is counted as dense, as in the BDWP paper (Fang et al. 2023). BDWP has
+other masks, with the groups along the right axis, for that product. The variational methods train with two
+products per kernel, of the means and of the variances, as if all kernels were variational; they infer with one.
 
 One-off costs (the scores of SNIP, GraSP or SynFlow: a few dense batches) are negligible and left out.
 """
@@ -25,6 +36,8 @@ import numpy as np
 from flax import linen
 
 from sparsejax.masks import INCLUDE, choose, flatten, is_sparsified, matches
+from sparsejax.nn.factorised import FactorisedLinear
+from sparsejax.nn.variational import Variational
 
 # --- multiply-adds -----------------------------------------------------------------------------------
 
@@ -52,6 +65,10 @@ def _attend(layer, kernel, inputs, output) -> int:
     return output.size * layer.features
 
 
+def _factorised(layer, kernel, inputs, output) -> int:
+    return output.size // layer.features * layer.macs(kernel, inputs.shape[-1])
+
+
 # How many MACs one call of a layer does: f(layer, kernel, inputs, output) on shapes, for the whole batch.
 # The first class that the layer is an instance of decides; add your own layers here.
 COUNTERS = {
@@ -61,8 +78,11 @@ COUNTERS = {
     linen.ConvLocal: _conv_local,
     linen.ConvTranspose: _conv_transpose,
     linen.Embed: _attend,
+    FactorisedLinear: _factorised,
+    Variational: _conv,
 }
-# The calls that multiply by a parameter, as (method, leaf); a lookup in an embedding costs nothing.
+# The calls that multiply by a parameter, as (method, end of the leaf's name); a lookup in an embedding costs
+# nothing.
 COUNTED = (("__call__", "kernel"), ("attend", "embedding"))
 
 
@@ -98,7 +118,8 @@ def layer_macs(model: linen.Module, variables, *example_inputs, **kwargs) -> dic
         layer, path = context.module, "/".join(context.module.path)
         for name in macs:
             owner, _, leaf = name.rpartition("/")
-            if owner == path and (context.method_name, leaf) in COUNTED:
+            called = any(context.method_name == method and leaf.endswith(end) for method, end in COUNTED)
+            if owner == path and called:
                 inputs = next(iter((*args, *kw.values())))
                 macs[name] += _counter(layer, name)(layer, layer.get_variable("params", leaf), inputs, output)
         return output
@@ -155,23 +176,57 @@ def _snfs(dense, sparse, update_every):
     return 2 * sparse + dense
 
 
+def _straight_through(dense, sparse, update_every):
+    return sparse + 2 * dense
+
+
+def _bdwp(dense, sparse, update_every, backward=None):
+    return sparse + (sparse if backward is None else backward) + dense
+
+
 def _rigl(dense, sparse, update_every):
     return (3 * sparse * update_every + 2 * sparse + dense) / (update_every + 1)
 
 
+def _variational(dense, sparse, update_every):
+    return 6 * sparse
+
+
+def _ssvi(dense, sparse, update_every):
+    return (6 * sparse * update_every + 5 * sparse + dense) / (update_every + 1)
+
+
 # FLOPs of a training step of every method: f(dense, sparse, update_every). Add your own methods here.
 TRAINING = {
+    "adams": _dense_step,
+    "ast": _straight_through,
+    "bdwp": _bdwp,
+    "cric": _sparse_step,
     "dense": _dense_step,
     "fixed": _sparse_step,
     "gradual": _sparse_step,
+    "hesso": _sparse_step,
+    "group_lasso": _snfs,
+    "mdgf": _straight_through,
+    "nuclear": _dense_step,
     "one_shot": _sparse_step,
+    "prox_l0": _snfs,
+    "prox_l1": _snfs,
     "rigl": _rigl,
+    "sdgf": _straight_through,
     "set_": _sparse_step,
     "snfs": _snfs,
+    "sr_ste": _straight_through,
+    "ssvi": _ssvi,
+    "ste": _straight_through,
+    "turbo_vbi": _variational,
+    "wgsef": _snfs,
 }
 
 
-def training_flops(method: str, dense: float, sparse: float, *, update_every: int = 100) -> float:
+def training_flops(
+    method: str, dense: float, sparse: float, *, update_every: int = 100, backward: float | None = None
+) -> float:
     """FLOPs of one example's training step, averaged over a mask interval (see the module's table).
 
     It is linear in `sparse`: for a density that changes over a run, pass the mean over its steps.
@@ -180,18 +235,20 @@ def training_flops(method: str, dense: float, sparse: float, *, update_every: in
       method: a key of `TRAINING`, the name of the transform.
       dense, sparse: forward FLOPs of an example at full and at the current density (`inference_flops`).
       update_every: steps between two mask updates (dT).
+      backward: as `sparse`, at the density of the backward masks of a method that has them.
 
     Raises:
       ValueError: for an unknown method or an interval below 1.
     """
     if update_every < 1:
         raise ValueError(f"update_every={update_every} must be at least 1")
-    return float(choose("method", method, TRAINING)(dense, sparse, update_every))
+    extra = {} if backward is None else {"backward": backward}
+    return float(choose("method", method, TRAINING)(dense, sparse, update_every, **extra))
 
 
-def training_flops_ratio(method: str, dense: float, sparse: float, *, update_every: int = 100) -> float:
-    """`training_flops` as a fraction of dense training, 3 f_D."""
-    return training_flops(method, dense, sparse, update_every=update_every) / (3.0 * dense)
+def training_flops_ratio(method: str, dense: float, sparse: float, **kwargs) -> float:
+    """`training_flops`, with the same arguments, as a fraction of dense training, 3 f_D."""
+    return training_flops(method, dense, sparse, **kwargs) / (3.0 * dense)
 
 
 # --- parameters and bytes ----------------------------------------------------------------------------

@@ -99,17 +99,26 @@ def get_masks(opt_state) -> Masks:
 
 def get_field(opt_state, name: str):
     """The field `name` of the only NamedTuple in `opt_state` that has it (masks, fired, count ...)."""
-    found = [
-        value
-        for path, value in optax.tree_utils.tree_get_all_with_path(opt_state, name)
-        if isinstance(path[-1], optax.tree_utils.NamedTupleKey)
-    ]
+    found = _fields(opt_state, name)
     if len(found) != 1:
         raise ValueError(
             f"the optimizer state holds {len(found)} fields named {name!r} instead of one; "
             "it must come from exactly one sparsejax transform"
         )
     return found[0]
+
+
+def find_field(opt_state, name: str):
+    """As `get_field`, but None if nothing in `opt_state` has the field."""
+    return get_field(opt_state, name) if _fields(opt_state, name) else None
+
+
+def _fields(opt_state, name: str) -> list:
+    return [
+        value
+        for path, value in optax.tree_utils.tree_get_all_with_path(opt_state, name)
+        if isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+    ]
 
 
 # --- paths -------------------------------------------------------------------------------------------
@@ -267,6 +276,20 @@ def churn(old, new) -> float:
             kept += int(count(after != 0))
             grown += int(count((after != 0) & (before == 0)))
     return grown / kept if kept else 0.0
+
+
+def sad(old, new):
+    """Sparse Architecture Divergence, sum ||M_new - M_old||_1 over the sparsified leaves (Zhou et al. 2021).
+
+    For bool masks the number of entries that differ. A float32 scalar; jit-safe.
+    """
+    total = jnp.zeros([], jnp.float32)
+    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if is_sparsified(after) and after.dtype == before.dtype == jnp.bool_:
+            total += count(before != after).astype(jnp.float32)
+        elif is_sparsified(after):
+            total += jnp.sum(jnp.abs(after.astype(jnp.float32) - before.astype(jnp.float32)))
+    return total
 
 
 def exploration_rate(opt_state) -> float:

@@ -85,15 +85,15 @@ def _check(leaves):
 
 @jax.jit
 def _global_masks(leaves, k, candidates, keep):
-    return _select([_ordered(*leaf) for leaf in zip(leaves, candidates, keep, strict=True)], k, None)
+    return _select(list(zip(leaves, candidates, keep, strict=True)), k, None)
 
 
 @jax.jit(static_argnames="axis")
 def _top_k_mask(scores, k, candidates, keep, axis):
-    keys = _ordered(scores, candidates, keep)
     if axis is not None and scores.shape[axis] <= _PAIRWISE:
+        keys = _ordered(scores, candidates, keep)
         return _pairwise_ranks(keys, axis) < jnp.clip(k, 0, scores.shape[axis]).astype(jnp.int32)
-    return _select([keys], k, axis)[0]
+    return _select([(scores, candidates, keep)], k, axis)[0]
 
 
 def _ordered(scores, candidates, keep):
@@ -129,31 +129,46 @@ def _pairwise_ranks(keys, axis):
     return rank
 
 
-def _select(keys, k, axis):
-    """Masks of the k largest of a list of key arrays taken together (along `axis` if there is one).
+def _select(leaves, k, axis):
+    """Masks of the k largest of a list of (scores, candidates, keep) taken together (along `axis` if any).
 
     The search is over pairs (key, reversed position), which are all different. It stops as soon as exactly k
     entries reach the threshold, which without ties is before the first digit of the position.
     """
-    sizes = [key.size if axis is None else key.shape[axis] for key in keys]
-    offsets = np.cumsum([0, *sizes[:-1]])
-    entries = [(key, ~_position(key.shape, axis, offset)) for key, offset in zip(keys, offsets, strict=True)]
+    shapes = [scores.shape for scores, _, _ in leaves]
+    sizes = [math.prod(shape) if axis is None else shape[axis] for shape in shapes]
+    offsets = np.cumsum([0, *sizes[:-1]]).astype(np.uint32)
+
+    def entries(leaves, offsets):
+        return [
+            (_ordered(*leaf), ~_position(shape, axis, offset))
+            for leaf, shape, offset in zip(leaves, shapes, offsets, strict=True)
+        ]
+
+    def entries_of_step(step):
+        # Pairs are cheaper to make again in every step than to keep: they would double the memory needed.
+        # The barrier ties them to the step, else XLA would make them once, before the loop.
+        return entries(*lax.optimization_barrier((leaves, list(map(jnp.asarray, offsets)), step))[:2])
+
     k = jnp.minimum(jnp.maximum(k, 0).astype(jnp.uint32), jnp.uint32(sum(sizes)))
-    threshold, last = _kth_largest(entries, k, sum(sizes), axis)
-    return [((key > threshold) | ((key == threshold) & (order >= last))) & (k > 0) for key, order in entries]
+    unsigned = jax.eval_shape(lambda: entries(leaves, offsets)[0][0]).dtype
+    rows = () if axis is None else _row_shape(shapes[0], axis)
+    threshold, last = _kth_largest(entries_of_step, k, sum(sizes), axis, unsigned, rows)
+    return [
+        ((key > threshold) | ((key == threshold) & (order >= last))) & (k > 0)
+        for key, order in entries(leaves, offsets)
+    ]
 
 
-def _kth_largest(entries, k, size: int, axis):
+def _kth_largest(entries_of_step, k, size: int, axis, unsigned, rows):
     """The k-th largest (key, order), up to digits that do not matter any more (they are 0)."""
-    unsigned = entries[0][0].dtype
-    rows = () if axis is None else _row_shape(entries[0][0].shape, axis)
     last_digit = unsigned.itemsize + 4  # a position is 4 bytes
 
     def next_digit(carry):
         i, threshold, last, above, at_least = carry
         in_key = i < unsigned.itemsize
         shift = _DIGIT * (jnp.where(in_key, unsigned.itemsize, last_digit) - 1 - i)
-        digits = [_digit(*entry, threshold, last, in_key, shift) for entry in entries]
+        digits = [_digit(*entry, threshold, last, in_key, shift) for entry in entries_of_step(i)]
 
         def next_bit(j, found):
             digit, rejected, at_least = found

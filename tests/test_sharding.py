@@ -43,35 +43,30 @@ print("same")
 """
 
 TRANSFORMS = """
-import jax, jax.numpy as jnp, numpy as np, optax, sparsejax
+import sys
+import jax, numpy as np, optax, sparsejax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+sys.path.insert(0, "tests/transforms")
+import test_contract as contract
 
-mesh = Mesh(np.array(jax.devices()), ("model",))
-params = {"a": {"kernel": jax.random.normal(jax.random.key(0), (32, 24)), "bias": jnp.zeros(24)},
-          "b": {"kernel": jax.random.normal(jax.random.key(1), (24, 16))}}
-keywords = {"gradual": {"end": 5, "update_every": 2}, "one_shot": {"at": 2}, "fixed": {}}
-dynamic = {"update_every": 2, "drop_fraction": 0.5}
+mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
 
 def spread(tree):
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("model") if x.ndim == 2 else P())), tree)
 
-def final_masks(tx, params, place):
-    state = place(tx.init(params))
-    params = place(params)
+def final_masks(tx, place):
+    params = contract.make_params()
+    state, params = place(tx.init(params)), place(params)
     step = jax.jit(tx.update)
-    for index in range(7):
-        grads = jax.tree.map(lambda x: jnp.sin(1e3 * x + index), params)
-        updates, state = step(grads, state, params)
+    for index in range(contract.STEPS):
+        updates, state = step(place(contract.make_grads(params, index)), state, params)
         params = optax.apply_updates(params, updates)
     return sparsejax.get_masks(state)
 
-for name in sparsejax.transforms.METHODS:
-    if name == "dense":
-        continue
-    patterns = {"unstructured": 0.8} | ({"2:4": 0.5, "block:4x2": 0.5} if name == "rigl" else {})
-    for pattern, sparsity in patterns.items():
-        tx = sparsejax.transforms.build(name, optax.sgd(0.0), sparsity=sparsity, pattern=pattern, **keywords.get(name, dynamic))
-        one, many = final_masks(tx, params, lambda tree: tree), final_masks(tx, params, spread)
+for name in contract.SPARSE:
+    for pattern in ("unstructured", "nm", "block") if name == "rigl" else ("unstructured",):
+        tx = contract.build(name, pattern, inner=optax.sgd(0.5))
+        one, many = final_masks(tx, lambda tree: tree), final_masks(tx, spread)
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), one, many))), (name, pattern)
 print("same")
 """

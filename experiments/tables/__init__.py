@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -136,6 +136,9 @@ class Table:
       claims: what is decided from the rows.
       metrics: shown per row; the first is the plotted one.
       quick: overrides for `--quick`, applied last, and `quick_seeds` the seeds then; two minutes in all.
+      function: executes a run, if that is not `sparsejax.training.run`: `(config, workdir) -> summary`, leaving
+        `summary.json` in the workdir. It must be importable, for the workers; its configs are named by their
+        values as they are.
 
     Raises:
       ValueError: if two rows share a label, or a claim speaks of a row that is not there.
@@ -150,6 +153,7 @@ class Table:
     metrics: tuple[Metric, ...] = (ACCURACY,)
     quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quick_seeds: int = 2
+    function: Callable | None = None
 
     def __post_init__(self):
         labels = [row.label for panel in self.panels for row in panel.rows]

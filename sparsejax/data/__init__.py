@@ -9,7 +9,9 @@ import inspect
 from sparsejax.data.bundled import breast_cancer, diabetes, digits, iris, linnerud, wine
 from sparsejax.data.cifar import cifar10, cifar100
 from sparsejax.data.dataset import Dataset, hold_out, standardise
+from sparsejax.data.dynamics import lorenz, lotka_volterra
 from sparsejax.data.fashion_mnist import fashion_mnist
+from sparsejax.data.stdlib import stdlib
 from sparsejax.data.synthetic import synthetic
 from sparsejax.masks import choose
 
@@ -22,6 +24,9 @@ DATASETS = {
     "fashion_mnist": fashion_mnist,
     "iris": iris,
     "linnerud": linnerud,
+    "lorenz": lorenz,
+    "lotka_volterra": lotka_volterra,
+    "stdlib": stdlib,
     "synthetic": synthetic,
     "wine": wine,
 }

@@ -20,7 +20,8 @@ class Dataset:
     Attributes:
       name: the name it was loaded by.
       train, test: pairs `(x, y)`. `x` is float32, standardised: images `(n, height, width, channels)` or
-        features `(n, features)`. `y` is int32 labels `(n,)`, or float32 targets `(n, targets)`.
+        features `(n, features)`. `y` is int32 labels `(n,)`, or float32 targets `(n, targets)`. Of sequences,
+        `x` and `y` are int32 tokens `(n, length)`.
       classes: the number of classes, or None for regression.
       validation: a pair `(x, y)` held out of the training split, or None.
     """
@@ -58,12 +59,14 @@ def hold_out(data: Dataset, validation: int, limit: int | None) -> Dataset:
 
 
 def standardise(data: Dataset) -> Dataset:
-    """Gives every split zero mean and unit variance in the units of the *training* split.
+    """Gives every split zero mean and unit variance in the units of the *training* split; not to tokens.
 
     The moments are per channel for images and per feature otherwise; a constant feature is only centred.
     Regression targets are standardised too, so that a mean squared error of 1 is what the training mean
     scores, whatever the unit of the targets.
     """
+    if np.issubdtype(data.train[0].dtype, np.signedinteger):  # tokens; images come as uint8
+        return data
     scale_x = _standardiser(data.train[0])
     scale_y = _standardiser(data.train[1]) if data.classes is None else lambda y: y.astype(np.int32)
 

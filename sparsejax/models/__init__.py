@@ -12,9 +12,18 @@ from sparsejax.masks import choose
 from sparsejax.models.cnn import CNN
 from sparsejax.models.mlp import MLP
 from sparsejax.models.resnet import ResNet
+from sparsejax.models.transformer import Transformer
+from sparsejax.models.vision_transformer import VisionTransformer
 from sparsejax.models.wide_resnet import WideResNet
 
-MODELS = {"cnn": CNN, "mlp": MLP, "resnet": ResNet, "wide_resnet": WideResNet}
+MODELS = {
+    "cnn": CNN,
+    "mlp": MLP,
+    "resnet": ResNet,
+    "transformer": Transformer,
+    "vit": VisionTransformer,
+    "wide_resnet": WideResNet,
+}
 
 
 def build(name: str, classes: int, **kw) -> linen.Module:
@@ -35,4 +44,4 @@ def build(name: str, classes: int, **kw) -> linen.Module:
     return model(classes, **{key: tuple(v) if isinstance(v, list) else v for key, v in kw.items()})
 
 
-__all__ = ["CNN", "MLP", "MODELS", "ResNet", "WideResNet", "build"]
+__all__ = ["CNN", "MLP", "MODELS", "ResNet", "Transformer", "VisionTransformer", "WideResNet", "build"]

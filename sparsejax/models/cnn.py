@@ -1,10 +1,13 @@
 """A small convolutional network, cheap enough for many seeds on a CPU."""
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import linen
 from flax.linen.initializers import he_normal
 
 from sparsejax import nn
+from sparsejax.models.widths import new_widths
 
 
 class CNN(linen.Module):
@@ -24,6 +27,12 @@ class CNN(linen.Module):
     channels: tuple[int, ...] = (16, 32)
     hidden: int = 128
     dtype: str | None = None
+
+    def narrowed(self, widths: Mapping[str, int]) -> "CNN":
+        """The same network with layers of other widths, by layer name."""
+        names = [*(f"conv_{i}" for i in range(len(self.channels))), "dense_0"]
+        *channels, hidden = new_widths(names, (*self.channels, self.hidden), widths)
+        return self.clone(channels=tuple(channels), hidden=hidden)
 
     @linen.compact
     def __call__(self, x, train: bool = False):

@@ -1,65 +1,99 @@
-"""Flax linen layers that read a `masks` collection.
+"""Flax linen layers that carry masks, and structured ones that stand in for a Dense."""
 
-`model.apply({"params": params, "masks": masks}, x)` equals
-`model.apply({"params": sparsejax.apply_masks(params, masks)}, x)`, gradients included, without a masked copy
-of the parameters outside the model. Without the collection the layers are flax's, bit for bit; `init` never
-creates it.
+from collections.abc import Mapping
 
-Any other linen layer gains the same by `class Layer(MaskedParams, TheirLayer)`.
-"""
+from sparsejax.masks import choose
+from sparsejax.nn.butterfly import Butterfly, StNN, butterfly_matmul, fourier_factors
+from sparsejax.nn.dense_sparse import DenseSparse
+from sparsejax.nn.factorised import FactorisedLinear, convert, from_dense, to_dense
+from sparsejax.nn.layers import (
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Dense,
+    DenseGeneral,
+    Embed,
+    LayerNorm,
+    MaskedParams,
+)
+from sparsejax.nn.low_rank import LowRank
+from sparsejax.nn.monarch import Monarch, monarch_dense, monarch_matmul, monarch_project
+from sparsejax.nn.sparse_low_rank import SparseLowRank
+from sparsejax.nn.structured import Circulant, Hankel, Toeplitz
+from sparsejax.nn.variational import Variational, VariationalConv, VariationalDense
 
-from flax import linen
-from flax.core import meta
-
-from sparsejax.masks import mask_weight
-
-
-class MaskedParams(linen.Module):
-    """Mixin: parameters declared by `self.param` are masked by their namesakes in the `masks` collection."""
-
-    def param(self, name, init_fn, *init_args, **init_kwargs):
-        """As `flax.linen.Module.param`, then `mask_weight` if the `masks` collection was passed."""
-        value = super().param(name, init_fn, *init_args, **init_kwargs)
-        if not self.has_variable("masks", name):
-            return value
-        return mask_weight(value, meta.unbox(self.get_variable("masks", name)))
-
-
-class Dense(MaskedParams, linen.Dense):
-    """`flax.linen.Dense` that reads `masks`."""
-
-
-class DenseGeneral(MaskedParams, linen.DenseGeneral):
-    """`flax.linen.DenseGeneral` that reads `masks`."""
-
-
-class Conv(MaskedParams, linen.Conv):
-    """`flax.linen.Conv` that reads `masks`."""
-
-
-class ConvTranspose(MaskedParams, linen.ConvTranspose):
-    """`flax.linen.ConvTranspose` that reads `masks`."""
+# What a model's `linear` field may name; every class takes `features` and `use_bias`.
+LINEARS = {
+    "butterfly": Butterfly,
+    "circulant": Circulant,
+    "dense": Dense,
+    "dense_sparse": DenseSparse,
+    "hankel": Hankel,
+    "low_rank": LowRank,
+    "monarch": Monarch,
+    "sparse_low_rank": SparseLowRank,
+    "stnn": StNN,
+    "toeplitz": Toeplitz,
+    "variational": VariationalDense,
+}
 
 
-class Embed(MaskedParams, linen.Embed):
-    """`flax.linen.Embed` that reads `masks`, in lookups and in `attend`."""
+def linear(spec: Mapping | None, features: int, **kwargs):
+    """A linear layer of the class that `spec` names.
+
+    Args:
+      spec: `{"name": a key of LINEARS, **its keywords}`, or None for `Dense`.
+      features: width of the output.
+      **kwargs: keywords of linen's Dense (`name`, `dtype`, `kernel_init`...).
+
+    Raises:
+      ValueError: for an unknown name or keyword, listing the known ones.
+    """
+    spec = dict(spec or {"name": "dense"})
+    layer = choose("linear layer", spec.pop("name", None), LINEARS)
+    known = [field for field in layer.__dataclass_fields__ if field not in ("parent", "name", "features")]
+    for key in spec:
+        choose(f"keyword of linear layer {layer.__name__!r}", key, known)
+    kwargs = {key: value for key, value in kwargs.items() if key in (*known, "name")}
+    return layer(features, **spec, **kwargs)
 
 
-class BatchNorm(MaskedParams, linen.BatchNorm):
-    """`flax.linen.BatchNorm` that reads `masks`: a structured pattern may remove a whole channel."""
-
-
-class LayerNorm(MaskedParams, linen.LayerNorm):
-    """`flax.linen.LayerNorm` that reads `masks`."""
+def reads_masks(spec: Mapping | None) -> bool:
+    """Whether the layers that `spec` names must be given the masks (see `sparsejax.training.step`)."""
+    return spec is not None and getattr(LINEARS.get(spec.get("name")), "reads_masks", False)
 
 
 __all__ = [
     "BatchNorm",
+    "Butterfly",
+    "Circulant",
     "Conv",
     "ConvTranspose",
     "Dense",
     "DenseGeneral",
+    "DenseSparse",
     "Embed",
+    "FactorisedLinear",
+    "Hankel",
+    "LINEARS",
     "LayerNorm",
+    "LowRank",
     "MaskedParams",
+    "Monarch",
+    "SparseLowRank",
+    "StNN",
+    "Toeplitz",
+    "Variational",
+    "VariationalConv",
+    "VariationalDense",
+    "butterfly_matmul",
+    "convert",
+    "fourier_factors",
+    "from_dense",
+    "linear",
+    "monarch_dense",
+    "monarch_matmul",
+    "monarch_project",
+    "reads_masks",
+    "to_dense",
 ]

@@ -23,6 +23,9 @@ DEFAULTS = {
     "keep_checkpoints": 2,
     "curves": True,
 }
+# Fields that a run has only if they are given.
+OPTIONAL = ("pretrained", "objective", "parameterization")
+OBJECTIVE = {"distill": 0.0, "temperature": 1.0}
 SECTIONS = tuple(name for name, value in DEFAULTS.items() if isinstance(value, dict))
 POSITIVE = ("batch_size", "eval_batch_size", "steps", "log_every", "keep_checkpoints")
 NON_NEGATIVE = ("eval_every", "checkpoint_every")
@@ -42,7 +45,8 @@ def resolve(config) -> dict[str, Any]:
     """
     given = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     for field in given:
-        choose("configuration field", field, DEFAULTS)
+        choose("configuration field", field, (*DEFAULTS, *OPTIONAL))
+    given = {field: value for field, value in given.items() if field not in OPTIONAL or value}
     resolved = {}
     for field, default in DEFAULTS.items():
         value = given.get(field, default)
@@ -50,6 +54,12 @@ def resolve(config) -> dict[str, Any]:
             value = _section(field, value, default, given)
         resolved[field] = value
     _check_counts(resolved)
+    if "parameterization" in given:
+        resolved["parameterization"] = _section("parameterization", given["parameterization"], {}, given)
+    if "pretrained" in given:
+        resolved["pretrained"] = _pretrained(given)
+    if "objective" in given:
+        resolved["objective"] = _objective(given)
     try:
         return json.loads(json.dumps(resolved, sort_keys=True))
     except TypeError as error:
@@ -65,6 +75,32 @@ def _section(field: str, value, default: dict, given: Mapping) -> dict:
     if field == "method":
         value.setdefault("seed", given.get("seed", DEFAULTS["seed"]))
     return value
+
+
+def _pretrained(given: Mapping) -> dict:
+    """The run whose weights this one starts from: this configuration, dense, with the overrides given."""
+    overrides = given["pretrained"]
+    if not isinstance(overrides, Mapping):
+        raise ValueError(f"config.pretrained must be a mapping of fields to override, got {overrides!r}")
+    inherited = {key: value for key, value in given.items() if key not in (*OPTIONAL, "method", "procedure")}
+    # Only its last checkpoint is needed, and nothing is drawn or evaluated on the way.
+    quiet = {"checkpoint_every": 0, "keep_checkpoints": 1, "eval_every": 0, "curves": False}
+    config = resolve({**inherited, **quiet, **overrides})
+    return config | {"checkpoint_every": config["steps"]}
+
+
+def _objective(given: Mapping) -> dict:
+    objective = dict(given["objective"])
+    for key in objective:
+        choose("field of config.objective", key, OBJECTIVE)
+    objective = {**OBJECTIVE, **objective}
+    if not 0 <= objective["distill"] <= 1:
+        raise ValueError(f"config.objective.distill must be in [0, 1], got {objective['distill']}")
+    if objective["temperature"] <= 0:
+        raise ValueError(f"config.objective.temperature must be positive, got {objective['temperature']}")
+    if objective["distill"] and "pretrained" not in given:
+        raise ValueError("config.objective.distill needs config.pretrained, the run that gives the teacher")
+    return objective
 
 
 def _check_counts(resolved: Mapping) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from sparsejax.masks import get_field, get_masks
+from sparsejax.masks import densities, find_field, flatten, get_masks, is_sparsified
 from sparsejax.training.checkpoint import Checkpoints
 from sparsejax.training.config import resolve
 from sparsejax.training.curves import draw
 from sparsejax.training.interrupt import StopRequest
-from sparsejax.training.mesh import build_mesh, check_batch, is_main
+from sparsejax.training.mesh import build_mesh, check_batch, is_main, to_host
 from sparsejax.training.metrics import MetricsWriter
+from sparsejax.training.pretrained import check_fits, obtain
 from sparsejax.training.problem import Problem, load_problem
 from sparsejax.training.session import Book, Carry, Session
 from sparsejax.training.step import all_finite, copy_tree, measure_masks, zero_meters
@@ -30,7 +31,7 @@ from sparsejax.training.summary import (
 from sparsejax.training.workdir import prepare
 
 
-def run(config, workdir, mesh=None, progress: bool = True) -> dict[str, Any]:
+def run(config, workdir, mesh=None, progress: bool = True, runs=None) -> dict[str, Any]:
     """Trains what `config` describes, or resumes it, or returns the summary of the finished run.
 
     The folder `workdir` receives `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
@@ -42,6 +43,8 @@ def run(config, workdir, mesh=None, progress: bool = True) -> dict[str, Any]:
       workdir: the folder of this run; created if missing.
       mesh: None for one device, `"data:4,model:2"`, or a `jax.sharding.Mesh` with these axes.
       progress: show a progress bar on stderr and the summary on stdout.
+      runs: the folder of pretrained runs (`config.pretrained`), each in a folder named by its hash; default
+        `workdir/pretrained`. Runs that share the folder share the pretraining.
 
     Returns:
       The summary, as in `summary.json`.
@@ -58,12 +61,28 @@ def run(config, workdir, mesh=None, progress: bool = True) -> dict[str, Any]:
     summary = read_summary(workdir)
     if summary is None:
         begun = time.perf_counter()
-        problem = load_problem(config, mesh)
+        problem = _load(config, Path(runs) if runs else workdir / "pretrained", mesh, progress)
         with StopRequest() as stop:
             summary = _Trainer(problem, workdir, stop, progress, begun).run()
     if progress and is_main():
         show(summary, workdir)
     return summary
+
+
+def _load(config: dict, runs: Path, mesh, progress: bool) -> Problem:
+    """The problem, with the network it starts from if `config.pretrained` names one."""
+    if "pretrained" not in config:
+        return load_problem(config, mesh)
+    load_problem(config, mesh)  # a mistake in the configuration must not wait for the pretraining
+
+    def train(config, workdir):
+        if progress and is_main():
+            tqdm.write(f"pretraining in {workdir}")
+        run(config, workdir, mesh, progress, runs)
+
+    problem = load_problem(config, mesh, obtain(config["pretrained"], runs, mesh, train))
+    check_fits(problem.pretrained.variables["params"], problem.shapes["params"])
+    return problem
 
 
 class _Trainer:
@@ -204,10 +223,12 @@ class _Trainer:
 
     def _log(self, phase, carry: Carry, evaluate: bool) -> Carry:
         state, book = carry.state, self.book
-        masks = get_masks(state.opt_state)
-        found = measure_masks(masks, carry.logged, self._fired(state))
+        own = get_masks(state.opt_state)
+        masks = self.session.masks(state)
+        found = measure_masks(masks, carry.logged, find_field(state.opt_state, "fired"))
         meters = jax.device_get(state.meters)
-        for name, value in zip(found["density"], meters.get("density", ()), strict=True):
+        sparsified = [name for name, mask in flatten(own).items() if is_sparsified(mask)]
+        for name, value in zip(sparsified, meters.get("density", ()), strict=True):
             book.density_steps[name] = book.density_steps.get(name, 0.0) + float(value)
         count = float(meters["count"])
         _, schedule = self.session.transform(phase)
@@ -220,38 +241,36 @@ class _Trainer:
         }
         entry["learning_rate"] = float(schedule(book.phase_step - 1))
         entry |= {key: found[key] for key in ("sparsity", "churn", "exploration_rate") if key in found}
+        metrics = jax.device_get(find_field(state.opt_state, "metrics") or {})
+        entry |= {name: float(value) for name, value in metrics.items()}
         if evaluate:
             entry |= self._evaluate(state) | {"density": found["density"]}
             if not math.isfinite(entry["test_loss"]):
                 self._stop(f"test loss is not finite at step {book.step}")
             book.last = entry
         if self.problem.dataset.classes is None:
-            entry = {key: value for key, value in entry.items() if not key.endswith("accuracy")}
+            entry.pop("train_accuracy")
         if self.writer:
             self.writer.write(entry)
         if book.phase_step == phase.steps:
-            book.history.append(self._record(phase, entry))
+            book.history.append(self._record(phase, entry, state))
         self._show(entry)
-        fresh = self.session.place_like(zero_meters(masks), state.meters)
+        fresh = self.session.place_like(zero_meters(own), state.meters)
         return carry._replace(state=state._replace(meters=fresh), logged=copy_tree(masks))
-
-    @staticmethod
-    def _fired(state):
-        try:
-            return get_field(state.opt_state, "fired")
-        except ValueError:
-            return None  # this method does not track which weights were ever active
 
     def _evaluate(self, state) -> dict[str, float]:
         found = {}
         for split in ("validation", "test"):
             if getattr(self.problem.dataset, split) is not None:
-                found[f"{split}_loss"], found[f"{split}_accuracy"] = self.session.evaluate(state, split)
+                measured = self.session.evaluate(state, split)
+                found |= {f"{split}_{name}": value for name, value in measured.items()}
         return found
 
-    def _record(self, phase, entry) -> dict[str, Any]:
+    def _record(self, phase, entry, state) -> dict[str, Any]:
         mean = {name: value / phase.length for name, value in self.book.density_steps.items()}
-        ratio = training_flops(self.macs, phase.method, mean)
+        backward = find_field(state.opt_state, "backward_masks")
+        backward = None if backward is None else densities(to_host(backward))
+        ratio = training_flops(self.macs, phase.method, mean, backward)
         record = {"name": phase.name, "steps": phase.length, "train_flops_ratio": ratio}
         return record | {
             key: entry[key] for key in ("sparsity", "test_loss", "test_accuracy") if key in entry
@@ -267,7 +286,7 @@ class _Trainer:
 
     def _finish(self, carry: Carry) -> dict[str, Any]:
         self.book.seconds = time.perf_counter() - self.begun
-        summary = summarise(self.problem, carry, self.book)
+        summary = summarise(self.session, carry, self.book)
         if is_main():
             if self.config["curves"]:
                 draw(self.workdir, summary)

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 import sparsejax.data
 import sparsejax.models
-from sparsejax import pruning, transforms
+from sparsejax import parameterizations, pruning, structure, transforms
 from sparsejax.data.pipeline import batches
-from sparsejax.masks import choose, densities
+from sparsejax.masks import choose, dense_masks, densities
+from sparsejax.parameterizations import Parameterized
 from sparsejax.training.phases import Phase, expand, full_masks
 from sparsejax.training.step import objective
 
@@ -35,10 +36,11 @@ class Problem:
     Attributes:
       config: the resolved configuration.
       dataset: see `sparsejax.data.load`.
-      model: the linen module.
+      model: the linen module, or a `Parameterized` one.
       phases: at least one.
       augment: the augmentation of the training batches.
       mesh: the devices, or None for one device.
+      pretrained: the network to start from (`training.pretrained`), or None.
     """
 
     config: Mapping
@@ -47,6 +49,12 @@ class Problem:
     phases: list[Phase]
     augment: str
     mesh: Mesh | None
+    pretrained: Any = None
+
+    @property
+    def network(self):
+        """The linen module itself."""
+        return self.model.model if isinstance(self.model, Parameterized) else self.model
 
     @property
     def seed(self) -> int:
@@ -54,19 +62,29 @@ class Problem:
         return self.config["seed"]
 
     @functools.cached_property
-    def sample(self) -> jax.Array:
+    def sample(self) -> np.ndarray:
         """One training input, of shape (1, ...): enough to initialise or trace the model."""
-        return jnp.asarray(self.dataset.train[0][:1])
+        return self.dataset.train[0][:1]
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Any]:
+        """The variables of the linen module itself, as shapes and dtypes."""
+        return jax.eval_shape(lambda: self.network.init(jax.random.key(0), self.sample, train=False))
 
     @functools.cached_property
     def _init(self):
         return jax.jit(lambda key, x: self.model.init(key, x, train=False))
 
     def variables(self, draw: int = 0) -> dict[str, Any]:
-        """`params` and `batch_stats` at initialisation; another `draw` gives independent weights."""
+        """`params` and other collections at the start; another `draw` gives independent weights.
+
+        The first draw is the pretrained network, if there is one.
+        """
         key = jax.random.fold_in(jax.random.key(self.seed), draw)
-        variables = self._init(key, self.sample)
-        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+        if self.pretrained is None or draw:
+            return dict(self._init(key, self.sample))
+        found = self.pretrained.variables
+        return jax.jit(self.model.convert)(key, found) if isinstance(self.model, Parameterized) else found
 
     def batches(self, steps: int, start: int = 0):
         """The training batches of steps `start` to `steps`: a pure function of the seed and the step."""
@@ -75,8 +93,8 @@ class Problem:
         return batches(x, y, batch_size=size, steps=steps, seed=self.seed, augment=self.augment, start=start)
 
 
-def load_problem(config: Mapping, mesh: Mesh | None) -> Problem:
-    """Loads what `config` names.
+def load_problem(config: Mapping, mesh: Mesh | None, pretrained=None) -> Problem:
+    """Loads what `config` names, to start from the network `pretrained` if that is not None.
 
     Raises:
       ValueError: one sentence, for an unknown name or keyword.
@@ -87,7 +105,13 @@ def load_problem(config: Mapping, mesh: Mesh | None) -> Problem:
     phases = expand(config)
     dataset = _load_data(json.dumps(data, sort_keys=True))
     model = sparsejax.models.build(**{"classes": dataset.outputs, **config["model"]})
-    return Problem(config, dataset, model, phases, augment, mesh)
+    if "parameterization" in config:
+        known = inspect.signature(
+            choose("parameterization", config["parameterization"]["name"], parameterizations.PARAMETERIZATIONS)
+        ).parameters
+        given = {"steps": config["steps"]} if "steps" in known else {}
+        model = Parameterized(model, parameterizations.build(**{**given, **config["parameterization"]}))
+    return Problem(config, dataset, model, phases, augment, mesh, pretrained)
 
 
 @functools.lru_cache(maxsize=1)
@@ -99,11 +123,16 @@ def _load_data(keywords: str) -> sparsejax.data.Dataset:
 # --- the transform -----------------------------------------------------------------------------------
 
 
-def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
-    """The sparsejax transform of a phase around the optimizer `inner`.
+def build_transform(problem: Problem, phase: Phase, inner, schedule, variables: Mapping):
+    """The sparsejax transform of a phase around the optimizer `inner`, whose learning rate is `schedule`.
 
-    For the method "fixed", `score` chooses how the masks are found at initialisation: "random" (the default)
-    or by `sparsejax.pruning.at_init` on the first training batches. With random masks, an `allocation` that
+    Factories that take `learning_rate`, `steps`, `train_size` or `groups` get the schedule, the length of the
+    phase, the number of training examples and the removable channels of the model, unless the configuration
+    sets them.
+
+    For the method "fixed", `score` chooses how the masks are found at initialisation: "random" (the default),
+    "pretrained" (those that the pretrained network was trained with), or by `sparsejax.pruning.at_init` on
+    the first training batches. With random masks, an `allocation` that
     is the name of such a score takes only its layer densities (Random Pruning, Liu et al. 2022).
     """
     if phase.method is None:
@@ -112,10 +141,21 @@ def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
     keywords = dict(phase.method)
     name = keywords.pop("name")
     factory = choose("method", name, transforms.METHODS)
-    if "seed" not in inspect.signature(factory).parameters:
+    known = inspect.signature(factory).parameters
+    if "seed" not in known:
         keywords.pop("seed")
+    known_here = {
+        "learning_rate": schedule,
+        "steps": phase.steps,
+        "train_size": len(problem.dataset.train[0]),
+    }
+    for keyword, value in known_here.items():
+        if keyword in known:
+            keywords.setdefault(keyword, value)
+    if "groups" in known and "groups" not in keywords:
+        keywords["groups"] = structure.channels(problem.model, variables, problem.sample, train=False)
     for keyword in ("at", "end"):
-        if keywords.get(keyword, 0) >= phase.steps:
+        if (keywords.get(keyword) or 0) >= phase.steps:
             raise ValueError(
                 f"config.method.{keyword}={keywords[keyword]} is never reached: steps count from 0, and there are "
                 f"{phase.steps} of them"
@@ -125,9 +165,19 @@ def build_transform(problem: Problem, phase: Phase, inner, variables: Mapping):
             "config.method.update_every=%d: the masks never change, because updates end before",
             keywords["update_every"],
         )
-    if name == "fixed":
+    if name == "fixed" and keywords.get("score") == "pretrained":
+        keywords = {"masks": _pretrained_masks(problem, variables["params"])}
+    elif name == "fixed":
         keywords = _fixed_keywords(problem, keywords, variables)
     return transforms.build(name, inner, **keywords)
+
+
+def _pretrained_masks(problem: Problem, params):
+    if problem.pretrained is None:
+        raise ValueError("config.method.score='pretrained' needs config.pretrained, the run that has the masks")
+    if not isinstance(problem.model, Parameterized):
+        return problem.pretrained.masks
+    return {**dense_masks(params), "params": problem.pretrained.masks}
 
 
 def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dict:
@@ -135,7 +185,7 @@ def _fixed_keywords(problem: Problem, keywords: dict, variables: Mapping) -> dic
         choose(
             "keyword of method 'fixed'", keyword, ("score", *AT_INIT_KEYWORDS, *transforms.keywords("fixed"))
         )
-    score = choose("score", keywords.pop("score", "random"), SCORES)
+    score = choose("score", keywords.pop("score", "random"), (*SCORES, "pretrained"))
     allocation = keywords.get("allocation")
     if score != "random":
         return {"masks": masks_at_init(problem, score, keywords, variables)}

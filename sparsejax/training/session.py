@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax.masks import apply_masks, get_masks, is_sparsified
+from sparsejax.parameterizations import Parameterized
 from sparsejax.training import phases as phases_lib
 from sparsejax.training.mesh import batch_placer, place, state_shardings, to_host
 from sparsejax.training.optimizers import build_optimizer
 from sparsejax.training.phases import Phase
 from sparsejax.training.problem import Problem, build_transform
 from sparsejax.training.step import (
+    Teacher,
     TrainState,
     copy_tree,
     evaluate,
@@ -21,13 +24,14 @@ from sparsejax.training.step import (
     new_state,
     padded_batches,
 )
+from sparsejax.transforms import STRAIGHT_THROUGH
 
 
 class Anchor(NamedTuple):
     """A remembered point of training, to which later phases rewind."""
 
     params: Any
-    batch_stats: Any
+    collections: Any
     opt_state: Any
 
 
@@ -88,7 +92,7 @@ class Session:
             inner, schedule = build_optimizer(
                 self.problem.config["optimizer"], phase.steps, phase.learning_rate
             )
-            tx = build_transform(self.problem, phase, inner, self.problem.variables())
+            tx = build_transform(self.problem, phase, inner, schedule, self.problem.variables())
             self._transforms[key] = tx, schedule
         return self._transforms[key]
 
@@ -97,19 +101,54 @@ class Session:
         key = _key(phase)
         if key not in self._steps:
             shardings = None if self.problem.mesh is None else jax.tree.map(lambda leaf: leaf.sharding, state)
-            classes = self.problem.dataset.classes
-            tx, _ = self.transform(phase)
-            self._steps[key] = make_train_step(self.problem.model, tx, classes, self.problem.seed, shardings)
+            problem, (tx, _) = self.problem, self.transform(phase)
+            self._steps[key] = make_train_step(
+                problem.model,
+                tx,
+                problem.dataset.classes,
+                problem.seed,
+                shardings,
+                self._teacher(),
+                masked=_stays_masked(phase),
+            )
         return self._steps[key]
 
-    def evaluate(self, state: TrainState, split: str = "test") -> tuple[float, float]:
-        """Mean loss and accuracy on a whole split, whose batches stay on the device."""
+    def _teacher(self) -> Teacher | None:
+        objective, pretrained = self.problem.config.get("objective"), self.problem.pretrained
+        if not objective or not objective["distill"]:
+            return None
+        variables = pretrained.variables
+        if self.problem.mesh is not None:
+            replicated = NamedSharding(self.problem.mesh, PartitionSpec())
+            variables = place(variables, jax.tree.map(lambda _: replicated, variables))
+        return Teacher(pretrained.model, variables, objective["distill"], objective["temperature"])
+
+    def evaluate(self, state: TrainState, split: str = "test") -> dict[str, float]:
+        """Mean loss, accuracy and calibration on a whole split, whose batches stay on the device."""
         if split not in self._eval_batches:
             x, y = getattr(self.problem.dataset, split)
             parts = padded_batches(x, y, self.problem.config["eval_batch_size"])
             put = jax.device_put if self.problem.mesh is None else self.put
             self._eval_batches[split] = [put(part) for part in parts]
         return evaluate(self._eval_step, state, self._eval_batches[split])
+
+    def masks(self, state: TrainState):
+        """The masks to report: the parameterization's own, else those that the transform holds."""
+        if isinstance(self.problem.model, Parameterized):
+            own = self.problem.model.masks({**state.collections, "params": state.params})
+            if own is not None:
+                return own
+        return get_masks(state.opt_state)
+
+    def plain(self, state: TrainState):
+        """`(variables, masks)` of the linen module itself, with the weights that evaluation uses."""
+        masks = self.masks(state)
+        params = apply_masks(state.params, get_masks(state.opt_state))
+        variables = {**state.collections, "params": params}
+        if not isinstance(self.problem.model, Parameterized):
+            return variables, masks
+        own = self.problem.model.masks(variables)
+        return self.problem.model.revert(variables), masks["params"] if own is None else masks
 
     def place_like(self, tree, like):
         """Puts a tree where the arrays of `like` are."""
@@ -122,9 +161,12 @@ class Session:
     def initial(self, index: int) -> Carry:
         """Fresh weights and optimizer for phase `index`; also the template of its checkpoints."""
         phase = self.problem.phases[index]
-        variables = self.problem.variables()
+        params, collections = split(self.problem.variables())
         tx, _ = self.transform(phase)
-        return self._carry(variables["params"], variables["batch_stats"], tx.init(variables["params"]))
+        opt_state = tx.init(params)
+        if _stays_masked(phase):
+            params = apply_masks(params, get_masks(opt_state))
+        return self._carry(params, collections, opt_state)
 
     def template(self, book: dict) -> Carry:
         """A carry with the structure and layout of the checkpoint that `book` describes."""
@@ -143,56 +185,67 @@ class Session:
             carry = self.initial(index)
             return self.remember(carry) if phase.anchor == 0 else carry
         masks = self._next_masks(phase, carry)
-        params, batch_stats = self._next_variables(phase, index, carry)
+        params, collections = self._next_variables(phase, index, carry)
         tx, _ = self.transform(phase)
         if masks is not None:
             params = apply_masks(params, masks)
         opt_state = tx.init(params)
         if phase.weights == "rewind" or phase.start:
-            past = _to_device(carry.anchor.opt_state)
+            past = to_device(carry.anchor.opt_state)
             opt_state = opt_state._replace(count=past.count, inner_state=past.inner_state)
         if masks is not None:
             opt_state = opt_state._replace(masks=masks)
-        return self._carry(params, batch_stats, opt_state, phase.start)._replace(anchor=carry.anchor)
+        elif _stays_masked(phase):
+            params = apply_masks(params, get_masks(opt_state))
+        return self._carry(params, collections, opt_state, phase.start)._replace(anchor=carry.anchor)
 
     def remember(self, carry: Carry) -> Carry:
         """The carry with its present state as the rewind point."""
         state = carry.state
-        anchor = Anchor(state.params, state.batch_stats, state.opt_state)
+        anchor = Anchor(state.params, state.collections, state.opt_state)
         return carry._replace(anchor=copy_tree(anchor))
 
     def _next_masks(self, phase: Phase, carry: Carry):
         if phase.method is not None:
             return None
-        masks = _to_device(get_masks(carry.state.opt_state))
+        masks = to_device(get_masks(carry.state.opt_state))
         if not any(map(is_sparsified, jax.tree.leaves(masks))):
             masks = phases_lib.full_masks(carry.state.params, phase.include, phase.exclude)
         if phase.prune:
-            masks = phases_lib.prune_remaining(_to_device(carry.state.params), masks, phase)
+            masks = phases_lib.prune_remaining(to_device(carry.state.params), masks, phase)
         if phase.shuffle:
             masks = phases_lib.shuffle_masks(masks, jax.random.key(self.problem.seed))
         return masks
 
     def _next_variables(self, phase: Phase, index: int, carry: Carry):
         if phase.weights == "reinit":
-            variables = self.problem.variables(draw=index)
-            return variables["params"], variables["batch_stats"]
+            return split(self.problem.variables(draw=index))
         source = carry.anchor if phase.weights == "rewind" else carry.state
-        return _to_device(source.params), _to_device(source.batch_stats)
+        return to_device(source.params), to_device(source.collections)
 
-    def _carry(self, params, batch_stats, opt_state, step: int = 0) -> Carry:
-        state = new_state(params, batch_stats, opt_state, step)
+    def _carry(self, params, collections, opt_state, step: int = 0) -> Carry:
+        state = new_state(params, collections, opt_state, step)
         if self.problem.mesh is not None:
             state = place(state, state_shardings(self.problem.mesh, state, params))
         else:
             state = copy_tree(state)  # the step donates it, and nothing else may share its buffers
-        return Carry(state, copy_tree(get_masks(state.opt_state)))
+        return Carry(state, copy_tree(self.masks(state)))
+
+
+def _stays_masked(phase: Phase) -> bool:
+    """Whether every update leaves the parameters zero outside the masks."""
+    return phase.method is None or phase.method["name"] not in STRAIGHT_THROUGH
 
 
 def _key(phase: Phase):
     return repr((phase.method, phase.steps, phase.learning_rate, phase.include, phase.exclude))
 
 
-def _to_device(tree):
+def split(variables) -> tuple[Any, dict[str, Any]]:
+    """The parameters and the other collections of a model's variables."""
+    return variables["params"], {name: value for name, value in variables.items() if name != "params"}
+
+
+def to_device(tree):
     """The whole tree on this process's first device: phases change masks there, whatever the mesh."""
     return jax.tree.map(jnp.asarray, to_host(tree))

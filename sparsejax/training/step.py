@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax.masks import apply_masks, count, flatten, get_masks, is_sparsified
+from sparsejax.masks import apply_masks, count, find_field, flatten, get_masks, is_sparsified
+
+ECE_BINS = 15
 
 
 class TrainState(NamedTuple):
@@ -17,7 +19,8 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, steps done in this phase (and the position in its data order).
-      params, batch_stats: the collections of the model; `batch_stats` is empty without batch norm.
+      params: the trained collection of the model.
+      collections: its other ones by name (`batch_stats`, the fixed supports of a layer ...), often none.
       opt_state: the state of the sparsejax transform, which holds the masks.
       meters: float32 sums since the last log: `loss` and `correct` (per step means), `density` (per
         sparsified leaf, absent without any: Orbax cannot save empty arrays), `count` (steps).
@@ -26,7 +29,7 @@ class TrainState(NamedTuple):
 
     step: Any
     params: Any
-    batch_stats: Any
+    collections: dict[str, Any]
     opt_state: Any
     meters: dict[str, Any]
     bad_step: Any
@@ -39,24 +42,70 @@ def zero_meters(masks) -> dict[str, jax.Array]:
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
 
-def new_state(params, batch_stats, opt_state, step: int = 0) -> TrainState:
+def new_state(params, collections, opt_state, step: int = 0) -> TrainState:
     """The state at the start of a phase."""
     count, bad = jnp.asarray(step, jnp.int32), jnp.asarray(-1, jnp.int32)
-    return TrainState(count, params, batch_stats, opt_state, zero_meters(get_masks(opt_state)), bad)
+    return TrainState(count, params, collections, opt_state, zero_meters(get_masks(opt_state)), bad)
+
+
+class Teacher(NamedTuple):
+    """A frozen network whose outputs are learned besides the labels (Hinton et al. 2015).
+
+    The loss is (1 - weight) CE + weight T^2 KL(teacher || student), with both softmaxes at temperature T.
+
+    Attributes:
+      model, variables: what `model.apply(variables, x, train=False)` needs.
+      weight: share of the distillation in the loss, in [0, 1].
+      temperature: T.
+    """
+
+    model: Any
+    variables: Any
+    weight: float
+    temperature: float
 
 
 def objective(outputs, targets, classes: int | None):
     """Per-sample loss and correctness, both float32 of shape (batch,).
 
-    Softmax cross-entropy for `classes`; for regression (`classes` None) the mean squared error over the
-    targets, and correctness is zero.
+    Softmax cross-entropy for `classes`, averaged over the positions of a sequence; for regression (`classes`
+    None) the mean squared error over the targets, and correctness is zero.
     """
     outputs = outputs.astype(jnp.float32)
     if classes is None:
         loss = jnp.mean(jnp.square(outputs - targets), axis=-1)
         return loss, jnp.zeros_like(loss)
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-    return loss, (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
+    return _per_sample(loss), _per_sample((jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32))
+
+
+def _per_sample(values):
+    return values if values.ndim == 1 else jnp.mean(values.reshape(len(values), -1), axis=1)
+
+
+def divergence(teacher_outputs, outputs, temperature: float):
+    """Per-sample T^2 KL(teacher || student) between softmaxes at temperature T, float32 of shape (batch,)."""
+    teacher, student = (
+        jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (teacher_outputs, outputs)
+    )
+    return temperature**2 * _per_sample(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1))
+
+
+def model_variables(model, params, collections, opt_state, masked: bool = False) -> dict[str, Any]:
+    """What `model.apply` gets: masked parameters, unless the model reads the masks itself.
+
+    It does if it has the attribute `reads_masks` (its layers need to know what is masked, as variational
+    ones), or if the method has other masks for the backward pass. Parameters that are `masked` already are
+    passed as they are: masking a large model again costs about a tenth of a step.
+    """
+    masks, backward = get_masks(opt_state), find_field(opt_state, "backward_masks")
+    if backward is not None:
+        return {**collections, "params": params, "masks": masks, "backward_masks": backward}
+    if getattr(model, "reads_masks", False):
+        return {**collections, "params": params, "masks": masks}
+    if masked:
+        return {**collections, "params": params}
+    return {**collections, "params": apply_masks(params, masks)}
 
 
 def _densities(masks):
@@ -64,46 +113,65 @@ def _densities(masks):
     return jnp.stack([count(mask != 0) / mask.size for mask in leaves])
 
 
-def make_train_step(model, tx, classes: int | None, seed: int, shardings=None) -> Callable:
+def make_train_step(
+    model,
+    tx,
+    classes: int | None,
+    seed: int,
+    shardings=None,
+    teacher: Teacher | None = None,
+    masked: bool = False,
+) -> Callable:
     """The jitted `(state, batch) -> state`; the gradient is taken with respect to the masked weights.
 
     Args:
-      model: a linen module whose `__call__` takes `train`.
-      tx: the sparsejax transform around the optimizer.
+      model: a linen module whose `__call__` takes `train`; what it sows into `losses` is added to the loss.
+      tx: the sparsejax transform around the optimizer; it also receives the batch's `loss`.
       classes: number of classes, or None for regression.
-      seed: of the dropout noise, a pure function of (seed, step).
+      seed: of dropout and of sampled weights, a pure function of (seed, step).
       shardings: layout of the state on a mesh, or None.
+      teacher: a network to distil from, or None.
+      masked: whether the parameters are zero outside the masks at every step, so that they need no masking.
     """
 
-    def step(state: TrainState, batch) -> TrainState:
-        masks = get_masks(state.opt_state)
+    def step(state: TrainState, batch, teacher_variables) -> TrainState:
         noise = jax.random.fold_in(jax.random.key(seed), state.step)
+        streams = {"dropout": noise, "sample": jax.random.fold_in(noise, 1)}
+        mutable = [*state.collections, "losses"]
+        target = None
+        if teacher is not None:
+            target = teacher.model.apply(teacher_variables, batch["x"], train=False)
 
         def loss_of(params):
-            variables = {"params": apply_masks(params, masks), "batch_stats": state.batch_stats}
-            outputs, updated = model.apply(
-                variables, batch["x"], train=True, mutable=["batch_stats"], rngs={"dropout": noise}
-            )
-            loss, correct = objective(outputs, batch["y"], classes)
-            return jnp.mean(loss), (jnp.mean(correct), updated.get("batch_stats", state.batch_stats))
+            variables = model_variables(model, params, state.collections, state.opt_state, masked)
+            outputs, updated = model.apply(variables, batch["x"], train=True, mutable=mutable, rngs=streams)
+            losses, correct = objective(outputs, batch["y"], classes)
+            loss = jnp.mean(losses)
+            if target is not None:
+                distilled = jnp.mean(divergence(target, outputs, teacher.temperature))
+                loss = (1 - teacher.weight) * loss + teacher.weight * distilled
+            loss = sum(jax.tree.leaves(updated.pop("losses", {})), loss)
+            return loss, (jnp.mean(correct), {**state.collections, **updated})
 
-        (loss, (correct, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        (loss, (correct, collections)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
         # The step computed with the masks of its start, so that is the density it is charged for.
         seen = {"loss": loss, "correct": correct, "count": 1.0}
         if "density" in state.meters:
-            seen["density"] = _densities(masks)
+            seen["density"] = _densities(get_masks(state.opt_state))
         first_bad = (state.bad_step < 0) & ~jnp.isfinite(loss)
         return TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
+            collections=collections,
             opt_state=opt_state,
             meters=jax.tree.map(jnp.add, state.meters, seen),
             bad_step=jnp.where(first_bad, state.step + 1, state.bad_step),
         )
 
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    given = None if teacher is None else teacher.variables
+    return lambda state, batch: compiled(state, batch, given)
 
 
 # --- evaluation --------------------------------------------------------------------------------------
@@ -122,26 +190,53 @@ def padded_batches(x, y, size: int) -> Iterable[dict[str, np.ndarray]]:
 
 
 def make_eval_step(model, classes: int | None) -> Callable:
-    """The jitted `(params, batch_stats, masks, batch) -> float32[3]`: sums of loss, correct and weight."""
+    """The jitted `(params, collections, opt_state, batch) -> sums` over the samples of a batch.
+
+    The sums are `loss`, `correct` and `weight`, and for classification `bins` of shape (3, 15): predictions,
+    their confidence and their correctness by confidence.
+    """
 
     @jax.jit
-    def step(params, batch_stats, masks, batch):
-        variables = {"params": apply_masks(params, masks), "batch_stats": batch_stats}
+    def step(params, collections, opt_state, batch):
+        variables = model_variables(model, params, collections, opt_state)
         outputs = model.apply(variables, batch["x"], train=False)
         loss, correct = objective(outputs, batch["y"], classes)
         weight = batch["weight"]
         # `where`, not a product: padding must not turn an overflow into 0 * inf = nan.
-        return jnp.stack([jnp.sum(jnp.where(weight > 0, part, 0.0)) for part in (loss, correct, weight)])
+        sums = {"loss": jnp.where(weight > 0, loss, 0.0), "correct": jnp.where(weight > 0, correct, 0.0)}
+        sums = {name: jnp.sum(part) for name, part in sums.items()} | {"weight": jnp.sum(weight)}
+        return sums if classes is None else sums | {"bins": _calibration(outputs, batch["y"], weight)}
 
     return step
 
 
-def evaluate(eval_step, state: TrainState, batches: Iterable[Mapping]) -> tuple[float, float]:
-    """Mean loss and accuracy over all samples of device `batches` (in order, so deterministic)."""
-    masks = get_masks(state.opt_state)
-    sums = [eval_step(state.params, state.batch_stats, masks, batch) for batch in batches]
-    loss, correct, weight = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-    return float(loss / weight), float(correct / weight)
+def _calibration(outputs, targets, weight):
+    probabilities = jax.nn.softmax(outputs.astype(jnp.float32))
+    confidence = jnp.max(probabilities, axis=-1)
+    right = jnp.argmax(probabilities, axis=-1) == targets
+    weight = jnp.broadcast_to(weight.reshape(-1, *[1] * (targets.ndim - 1)), targets.shape)
+    bins = jnp.minimum((confidence * ECE_BINS).astype(jnp.int32), ECE_BINS - 1)
+    parts = jnp.stack([weight, weight * jnp.where(weight > 0, confidence, 0.0), weight * right])
+    return jnp.zeros((3, ECE_BINS)).at[:, bins.reshape(-1)].add(parts.reshape(3, -1))
+
+
+def evaluate(eval_step, state: TrainState, batches: Iterable[Mapping]) -> dict[str, float]:
+    """Mean loss, accuracy and calibration over all samples of device `batches` (in order: deterministic).
+
+    Returns:
+      `loss`; for classification also `accuracy` and `ece`, the expected calibration error (Guo et al. 2017):
+      the mean over predictions of |accuracy - confidence| in 15 bins of equal width.
+    """
+    sums = jax.device_get(
+        [eval_step(state.params, state.collections, state.opt_state, batch) for batch in batches]
+    )
+    total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *sums)
+    found = {"loss": float(total["loss"] / total["weight"])}
+    if "bins" in total:
+        count, confidence, correct = total["bins"]
+        found["accuracy"] = float(total["correct"] / total["weight"])
+        found["ece"] = float(np.sum(np.abs(correct - confidence)) / np.sum(count))
+    return found
 
 
 # --- masks -------------------------------------------------------------------------------------------

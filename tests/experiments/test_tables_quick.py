@@ -34,6 +34,8 @@ def test_quick(name, tmp_path):
     lines = list(csv.DictReader((folder / f"{name}.csv").open()))
     rows = [row for panel in quick.panels for row in panel.rows if row.quick]
     assert len(lines) == quick.quick_seeds * len(rows)
+    if "test_accuracy" not in lines[0]:
+        return  # not a classifier's table
     # Sixty steps train the better half of the rows well beyond guessing; the sparsest may stay there.
     accuracies = sorted(float(line["test_accuracy"]) for line in lines)
     assert accuracies[len(lines) // 2] > 0.2 and accuracies[-1] > 0.4

@@ -12,6 +12,7 @@ SMALL = {  # keywords that keep the compilation short, and an input
     "mlp": ({"hidden": (7,)}, (3, 4, 4, 1)),
     "cnn": ({"channels": (2, 3), "hidden": 5}, (3, 8, 8, 1)),
     "resnet": ({"depth": 8, "channels": 4}, (3, 8, 8, 3)),
+    "vit": ({"width": 8, "depth": 1, "heads": 2, "mlp_ratio": 1}, (3, 8, 8, 1)),
     "wide_resnet": ({"depth": 10, "width": 1}, (3, 8, 8, 3)),
 }
 

@@ -22,7 +22,7 @@ from sparsejax.training.session import Session
 from sparsejax.transforms import build
 
 KEYS = {
-    "test_accuracy", "test_loss", "sparsity", "steps", "seconds", "train_flops_ratio",
+    "test_accuracy", "test_loss", "test_ece", "sparsity", "steps", "seconds", "train_flops_ratio",
     "inference_flops_ratio", "params", "nonzeros", "params_sha256", "masks_sha256", "config_hash",
     "exploration_rate",
 }  # fmt: skip
@@ -115,7 +115,7 @@ def test_batch_statistics_are_trained(tiny):
     batch = next(iter(session.problem.batches(1)))
     state = session.train_step(problem.phases[0], carry.state)(carry.state, batch)
     expected = 0.1 * batch["x"].reshape(64, -1).mean(axis=0)
-    np.testing.assert_allclose(state.batch_stats["BatchNorm_0"]["mean"], expected, atol=1e-6)
+    np.testing.assert_allclose(state.collections["batch_stats"]["BatchNorm_0"]["mean"], expected, atol=1e-6)
 
 
 def test_gradient_is_that_of_the_masked_weights():
@@ -129,7 +129,7 @@ def test_gradient_is_that_of_the_masked_weights():
 
     class Recorder:
         @staticmethod
-        def update(grads, state, params):
+        def update(grads, state, params, **extra):
             jax.debug.callback(lambda g: seen.append(np.asarray(g)), grads["Dense_0"]["kernel"])
             return jax.tree.map(jnp.zeros_like, grads), state
 

@@ -1,0 +1,124 @@
+"""SLTrain against full-rank and low-rank training of a byte-level language model [Han et al. 2024]; 10 minutes."""
+
+import math
+
+import ml_collections
+
+from experiments.claims import Claim, all_of, greater
+from experiments.tables import ACCURACY, Figures, Metric, Panel, Row, Table
+
+WIDTH, DEPTH, RATIO, LENGTH = 64, 2, 4, 64
+DENSITY = 0.03
+RANKS = (4, 8)
+SHAPES = 4 * [(WIDTH, WIDTH)] + 2 * [(WIDTH, RATIO * WIDTH)]  # attention, and the two feed-forward matrices
+# Peak learning rates, the best of 1e-3, 3e-3 and 1e-2 for each kind of layer in shorter runs.
+RATES = {"full rank": 3e-3, "low rank": 3e-3, "SLTrain": 3e-3}
+SCALE = 0.25  # alpha / r, as in the paper's 60M model
+LOSS = Metric("test_loss", "test loss", 1, 3, "nats per byte")
+
+LANGUAGE = ml_collections.ConfigDict(
+    {
+        "seed": 0,
+        "data": {"name": "stdlib", "length": LENGTH},
+        "model": {"name": "transformer", "depth": DEPTH, "width": WIDTH, "heads": 4, "max_length": LENGTH},
+        "optimizer": {
+            "name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.0, "clip_norm": 1.0,
+            "schedule": "cosine", "warmup_steps": 100,
+        },
+        "method": {"name": "dense"},
+        "batch_size": 32,
+        "eval_batch_size": 500,
+        "steps": 1000,
+        "log_every": 400,
+        "eval_every": 0,
+        "checkpoint_every": 0,
+        "curves": False,
+    }
+)  # fmt: skip
+
+
+def low_rank_weights(rank: int) -> int:
+    """Parameters of the factors of one block."""
+    return rank * sum(inputs + outputs for inputs, outputs in SHAPES)
+
+
+def sparse_weights() -> int:
+    """Parameters of the sparse parts of one block."""
+    return sum(math.floor(DENSITY * inputs * outputs) for inputs, outputs in SHAPES)
+
+
+def equal_rank(rank: int) -> int:
+    """The least rank at which low-rank layers hold as many parameters as SLTrain of that rank, or more."""
+    return math.ceil((low_rank_weights(rank) + sparse_weights()) / low_rank_weights(1))
+
+
+def share(weights: int) -> float:
+    """Weights of one block as a percentage of its full-rank ones."""
+    return round(100 * weights / sum(inputs * outputs for inputs, outputs in SHAPES), 1)
+
+
+def row(label: str, series: str, x: float, linear: dict, quick: bool = False) -> Row:
+    """A kind of layer, with its learning rate."""
+    overrides = {"model.linear": linear, "optimizer.learning_rate": RATES[series]}
+    return Row(label, series, x, overrides, quick)
+
+
+def rows() -> tuple[Row, ...]:
+    """Full rank; at every rank low rank and SLTrain, and the low rank of as many parameters."""
+    found = [row("full rank", "full rank", 100.0, {"name": "dense"}, quick=True)]
+    for rank in RANKS:
+        quick = rank == RANKS[-1]
+        alone, both = share(low_rank_weights(rank)), share(low_rank_weights(rank) + sparse_weights())
+        sltrain = {"name": "sparse_low_rank", "rank": rank, "density": DENSITY, "alpha": SCALE * rank}
+        found.append(row(f"low rank {rank}", "low rank", alone, {"name": "low_rank", "rank": rank}, quick))
+        found.append(row(f"SLTrain {rank}", "SLTrain", both, sltrain, quick))
+        equal = {"name": "low_rank", "rank": equal_rank(rank)}
+        found.append(row(f"low rank {equal_rank(rank)}", "low rank", both, equal))
+    return tuple(found)
+
+
+def lower(a: str, b: str, **kwargs):
+    """Whether the test loss of one row is below that of another."""
+    return greater(b, a, metric=LOSS.name, **kwargs)
+
+
+def at_each_rank(other):
+    """SLTrain below the low-rank row that `other` names, at every rank."""
+    return all_of(*(lower(f"SLTrain {rank}", f"low rank {other(rank)}") for rank in RANKS))
+
+
+C4 = "LLaMA 60M, C4, perplexity, from memory"
+TABLE = Table(
+    title="SLTrain: sparse plus low-rank weights against low rank and full rank",
+    papers=("A. Han, J. Li, W. Huang, M. Hong, A. Takeda, P. Jawanpuria, B. Mishra: SLTrain, NeurIPS 2024",),
+    about=f"A decoder of {DEPTH} blocks of width {WIDTH} predicts the bytes of Python's standard library: windows of "
+    f"{LENGTH} bytes, {LANGUAGE.batch_size} a step, {LANGUAGE.steps} steps of AdamW with warm-up and a cosine, without weight decay. All "
+    f"attention and feed-forward matrices are factorised; SLTrain's supports are {100 * DENSITY:g} % of them, and "
+    f"alpha / r is {SCALE:g}. The x axis is the share of the matrices' parameters that is kept; the low-rank rows at "
+    "the same share as SLTrain have the least rank that gives them as many parameters or more "
+    f"({', '.join(str(equal_rank(rank)) for rank in RANKS)}). The peak learning rate of each kind of layer is the best "
+    "of three in shorter runs. SLTrain multiplies by the dense weight that it builds, so it saves memory "
+    "(`python -m sparsejax.bench memory`) and no multiplications. The papers train for a hundred times as many steps.",
+    base=LANGUAGE,
+    panels=(
+        Panel(
+            "Loss against parameters", rows(), seeds=3,
+            x_title="parameters of the matrices (% of full rank)", x_scale="log", reference="full rank",
+            paper=(
+                Figures("full rank", C4, {100.0: 34.06}, LOSS.name),
+                Figures("low rank", C4, {share(low_rank_weights(RANKS[-1])): 78.18}, LOSS.name),
+                Figures("SLTrain", C4, {share(low_rank_weights(RANKS[-1]) + sparse_weights()): 34.15}, LOSS.name),
+            ),
+        ),
+    ),
+    claims=(
+        Claim("SLTrain reaches a lower loss than low-rank layers of its rank", at_each_rank(lambda rank: rank)),
+        Claim("SLTrain reaches a lower loss than low-rank layers of as many parameters", at_each_rank(equal_rank)),
+        Claim("Full rank reaches a lower loss than SLTrain, at every rank",
+              all_of(*(lower("full rank", f"SLTrain {rank}") for rank in RANKS))),
+        Claim(f"SLTrain with rank {RANKS[-1]} is within 0.02 nats per byte of full rank",
+              lower(f"SLTrain {RANKS[-1]}", "full rank", by=-0.02)),
+    ),
+    metrics=(LOSS, ACCURACY, Metric("nonzeros", "parameters", 1, 0)),
+    quick={"steps": 150, "data.size": 1_000_000},
+)  # fmt: skip

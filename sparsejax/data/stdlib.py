@@ -1,0 +1,56 @@
+"""`stdlib`: language modelling on the bytes of Python's own standard library, which every machine has."""
+
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+from sparsejax.data.dataset import Dataset
+
+BYTES = 256
+# Not the library itself: installed packages, and tests, which are long tables of data.
+LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
+TEST_EVERY = 10
+
+
+def stdlib(data_dir: str | None = None, *, length: int = 128, size: int = 4_000_000) -> Dataset:
+    """Windows of source code and their next bytes.
+
+    Files come in the order of their paths; every tenth is in the test split, so that no file is in both. The
+    text depends on the version of Python, and so do results to a small degree.
+
+    Args:
+      data_dir: read the `.py` files of this folder instead.
+      length: bytes of a window (of the input; the targets are the same bytes shifted by one).
+      size: use the first windows up to so many bytes of training text, and a tenth as many of test text.
+
+    Returns:
+      A `Dataset` with int32 `x` and `y` of shape (windows, length) and 256 classes.
+
+    Raises:
+      FileNotFoundError: if the folder has no `.py` files.
+      ValueError: if a window would not fit.
+    """
+    folder = Path(data_dir or sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in folder.rglob("*.py") if not set(path.parts) & set(LEFT_OUT))
+    if len(files) < TEST_EVERY:
+        raise FileNotFoundError(
+            f"stdlib was not found: {folder} has {len(files)} Python files; data_dir may name another folder"
+        )
+    if length < 1 or size < 10 * (length + 1):
+        raise ValueError(f"stdlib needs length >= 1 and size >= 10 (length + 1), got {length} and {size}")
+    test = files[::TEST_EVERY]
+    train = [path for index, path in enumerate(files) if index % TEST_EVERY]
+    return Dataset("stdlib", _windows(train, length, size), _windows(test, length, size // 10), BYTES)
+
+
+def _windows(files: list[Path], length: int, size: int):
+    parts, total = [], 0
+    for path in files:
+        if total > size:
+            break
+        parts.append(path.read_bytes())
+        total += len(parts[-1])
+    text = np.frombuffer(b"".join(parts), np.uint8)[: size + 1].astype(np.int32)
+    count = (len(text) - 1) // length
+    return tuple(text[start : start + count * length].reshape(count, length) for start in (0, 1))

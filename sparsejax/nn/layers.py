@@ -1,0 +1,71 @@
+"""Flax linen layers that read a `masks` collection.
+
+`model.apply({"params": params, "masks": masks}, x)` equals
+`model.apply({"params": sparsejax.apply_masks(params, masks)}, x)`, gradients included, without a masked copy
+of the parameters outside the model. Without the collection the layers are flax's, bit for bit; `init` never
+creates it. `Dense` and `Conv` also read `backward_masks`, see `sparsejax.nn.bidirectional`.
+
+Any other linen layer gains the same by `class Layer(MaskedParams, TheirLayer)`.
+"""
+
+from flax import linen
+from flax.core import meta
+
+from sparsejax.masks import is_sparsified, mask_weight
+from sparsejax.nn.bidirectional import Bidirectional
+
+
+class MaskedParams(linen.Module):
+    """Mixin: parameters declared by `self.param` are masked by their namesakes in the `masks` collection."""
+
+    def param(self, name, init_fn, *init_args, **init_kwargs):
+        """As `flax.linen.Module.param`, then `mask_weight` if the `masks` collection was passed."""
+        value = super().param(name, init_fn, *init_args, **init_kwargs)
+        if is_sparsified(self.get_variable("backward_masks", name, True)):
+            path = "/".join((*self.path, name))
+            raise ValueError(
+                f"{path} has a backward mask, which only Dense and Conv use, not {type(self).__name__}"
+            )
+        if not self.has_variable("masks", name):
+            return value
+        return mask_weight(value, meta.unbox(self.get_variable("masks", name)))
+
+
+class Dense(Bidirectional, MaskedParams, linen.Dense):
+    """`flax.linen.Dense` that reads `masks` and `backward_masks`."""
+
+
+class DenseGeneral(MaskedParams, linen.DenseGeneral):
+    """`flax.linen.DenseGeneral` that reads `masks`."""
+
+
+class Conv(Bidirectional, MaskedParams, linen.Conv):
+    """`flax.linen.Conv` that reads `masks` and `backward_masks`."""
+
+
+class ConvTranspose(MaskedParams, linen.ConvTranspose):
+    """`flax.linen.ConvTranspose` that reads `masks`."""
+
+
+class Embed(MaskedParams, linen.Embed):
+    """`flax.linen.Embed` that reads `masks`, in lookups and in `attend`."""
+
+
+class BatchNorm(MaskedParams, linen.BatchNorm):
+    """`flax.linen.BatchNorm` that reads `masks`: a structured pattern may remove a whole channel."""
+
+
+class LayerNorm(MaskedParams, linen.LayerNorm):
+    """`flax.linen.LayerNorm` that reads `masks`."""
+
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "ConvTranspose",
+    "Dense",
+    "DenseGeneral",
+    "Embed",
+    "LayerNorm",
+    "MaskedParams",
+]
