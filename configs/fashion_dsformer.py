@@ -14,7 +14,7 @@ from configs import base, fashion
 
 def get_config() -> ml_collections.ConfigDict:
     """Three epochs at a fifth of the learning rate, from the weights of a network trained for three; dense head."""
-    config, steps = base.training(steps=1407, batch_size=128)
+    config, _ = base.training(steps=1407, batch_size=128)
     config.data = ml_collections.ConfigDict({"name": "fashion_mnist", "data_dir": fashion.DATA_DIR})
     config.model = ml_collections.ConfigDict({"name": "mlp", "hidden": (256, 256)})
     config.method = ml_collections.ConfigDict({"name": "dense"})

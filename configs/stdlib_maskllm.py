@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer = ml_collections.ConfigDict(
         {
             "name": "adamw",
-            "learning_rate": 5e-4,
+            "learning_rate": 2e-3,
             "b2": 0.95,
             "weight_decay": 0.1,
             "schedule": "cosine",

@@ -16,10 +16,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict({"name": "stdlib", "length": 64})
     config.model = ml_collections.ConfigDict({"name": "transformer", "depth": 2, "width": 64, "heads": 4})
     config.model.linear = ml_collections.ConfigDict(
-        {"name": "sparse_low_rank", "rank": 8, "density": 0.03, "alpha": 2.0}
+        {"name": "sparse_low_rank", "rank": 8, "density": 0.03, "alpha": 32.0}
     )
     config.optimizer = ml_collections.ConfigDict(
-        {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.0, "clip_norm": 1.0}
+        {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.0, "clip_norm": 1.0}
     )
     config.optimizer.update({"schedule": "cosine", "warmup_steps": 100})
     config.eval_every = 200

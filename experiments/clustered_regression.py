@@ -1,8 +1,8 @@
 """Linear regression whose weights are active in bursts: which of them does a method find?
 
 y = X w + noise, with X of independent standard normal entries and w zero outside `bursts` runs of `length`
-neighbours, where it is standard normal. `run` is the function of the table `turbo_vbi_regression`: one data set, one
-method, a summary of the support that it found.
+neighbours, where it is standard normal. `run` is the function of the table `turbo_vbi_regression`: one data
+set, one method, a summary of the support that it found.
 """
 
 import json
@@ -52,8 +52,8 @@ def clustered_data(seed: int, *, size: int, bursts: int, length: int, samples: i
 def turbo_vbi(inputs, targets, *, structure: str, p01: float, p10: float, slab, spike):
     """Turbo-VBI with the exact Gaussian posterior of the weights given E rho: (active, mean).
 
-    The noise precision is re-estimated in every round. The first `WARM_ROUNDS` are those of automatic relevance
-    determination, E rho = 1 / E w^2: from any constant E rho the support stays where it was first.
+    The noise precision is re-estimated in every round. The first `WARM_ROUNDS` are those of automatic
+    relevance determination, E rho = 1 / E w^2: from any constant E rho the support stays where it was first.
     """
     samples, size = inputs.shape
     chain = choose("structure", structure, ("chain", "independent")) == "chain"
@@ -74,12 +74,12 @@ def turbo_vbi(inputs, targets, *, structure: str, p01: float, p10: float, slab, 
     return np.asarray(beliefs.log_odds)[:, 0] >= 0, mean
 
 
-def ard(inputs, targets, *, threshold: float | None = None):
-    """scikit-learn's ARDRegression: (active, mean), where the coefficient exceeds the threshold or is not zero."""
+def ard(inputs, targets):
+    """scikit-learn's ARDRegression: (active, mean); active are the coefficients that are not zero."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         mean = ARDRegression(fit_intercept=False).fit(inputs, targets).coef_
-    return np.abs(mean) > (threshold or 0.0), mean
+    return mean != 0, mean
 
 
 def f1(found, truth) -> float:
@@ -91,8 +91,8 @@ def run(config, workdir: pathlib.Path) -> dict:
     """Executes one row of the table; see `sparsejax.training.run` for the face of such a function.
 
     Args:
-      config: `seed`; `data`, the keywords of `clustered_data`; `method`, a name and its keywords: "turbo_vbi", "ard",
-        or "ard_best", which takes the threshold with the best F1 in hindsight.
+      config: `seed`; `data`, the keywords of `clustered_data`; `method`, a name and its keywords: "turbo_vbi",
+        "ard", or "ard_best", which takes the threshold with the best F1 in hindsight.
       workdir: where `summary.json` is left.
     """
     begun = time.perf_counter()
@@ -111,7 +111,9 @@ def run(config, workdir: pathlib.Path) -> dict:
         "f1": f1(active, truth),
         "active": kept,
         "run_length": kept / max(1, runs),
-        "relative_error": float(np.linalg.norm(np.where(active, mean, 0) - weights) / np.linalg.norm(weights)),
+        "relative_error": float(
+            np.linalg.norm(np.where(active, mean, 0) - weights) / np.linalg.norm(weights)
+        ),
         "seconds": round(time.perf_counter() - begun, 2),
     }
     workdir.mkdir(parents=True, exist_ok=True)

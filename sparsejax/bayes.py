@@ -1,20 +1,26 @@
-"""Bayes: the pure functions of variational inference over sparse weights. Everything is elementwise in float32
-unless said otherwise, and safe where a posterior is much narrower than its mean.
+"""Bayes: the pure functions of variational inference over sparse weights.
+
+Everything is elementwise in float32 unless said otherwise, and safe where a posterior is much narrower than
+its mean.
 
 Gaussian posteriors q(w) = N(mu, sigma^2), with t = |mu| / sigma and phi, Phi the standard normal density and
-distribution function. The folded normal |w| exceeds |mu| on average by sigma d(t), d(t) = 2 (phi(t) - t Phi(-t)), so
+distribution function. The folded normal |w| exceeds |mu| on average by sigma d(t), where
+d(t) = 2 (phi(t) - t Phi(-t)), so
 
   E|w| = |mu| + sigma d          var|w| = sigma^2 (1 - 2 t d - d^2)
 
-which, unlike sigma^2 + mu^2 - (E|w|)^2, loses no digits for large t. Li et al. 2024 (SSVI) rank weights by these.
+which, unlike sigma^2 + mu^2 - (E|w|)^2, loses no digits for large t. SSVI (Li et al. 2024) ranks weights by
+these.
 
 Hierarchical prior (Turbo-VBI, Xia et al. 2023): a support s in {0, 1}, a precision rho and a weight w each,
 
-  s ~ Bernoulli(pi),   rho | s ~ Gamma(a, b) if s = 1 (slab) else Gamma(a_, b_) (spike),   w | rho ~ N(0, 1/rho)
+  s ~ Bernoulli(pi)
+  rho | s ~ Gamma(a, b) if s = 1 (the slab), Gamma(a_, b_) if s = 0 (the spike)
+  w | rho ~ N(0, 1 / rho)
 
 with the factorised posterior q(w) q(rho) q(s). Its closed-form updates are `precision_update` and
-`support_log_odds`; `chain_messages` is the exact prior of each support under a binary Markov chain, given what is
-known of all others. Supports are carried as log-odds ln(P(s=1) / P(s=0)).
+`support_log_odds`; `chain_messages` is the exact prior of each support under a binary Markov chain, given
+what is known of all others. Supports are carried as log-odds ln(P(s=1) / P(s=0)).
 """
 
 from typing import Any, NamedTuple
@@ -28,9 +34,9 @@ from jax.scipy.stats import norm
 
 from sparsejax.masks import flatten, map_with_name
 
-ROUNDS = 5  # of module A; the alternation gains nothing visible from more
+ROUNDS = 5  # of the two updates of module A, each time
 _TINY = 1e-30
-# Nodes of the trapezoid rule for the moments of exp|w|, in standard deviations: exact to 0.5 % of the variance.
+# Nodes of the trapezoid rule for the moments of exp|w|, in standard deviations: exact to 0.5 % of a variance.
 _NODES = np.arange(-8.0, 8.25, 0.25)
 
 
@@ -44,8 +50,9 @@ class Gamma(NamedTuple):
 class Hierarchy(NamedTuple):
     """The prior of supports, precisions and weights: host numbers, see `chain_messages` for the last three.
 
-    slab, spike: Gamma(a, b) and Gamma(a_, b_); p01, p10: of the chain; chain: whether the supports are one, or
-    independent with the same share p01 / (p01 + p10) of active ones.
+    slab, spike: Gamma(a, b) and Gamma(a_, b_).
+    p01, p10: of the chain.
+    chain: whether the supports are one, or independent with the same share p01 / (p01 + p10) of active ones.
     """
 
     slab: Gamma
@@ -164,8 +171,8 @@ def precision_update(square, support, slab: Gamma, spike: Gamma) -> Gamma:
 def support_log_odds(precision: Gamma, slab: Gamma, spike: Gamma):
     """What q(rho) says of the support: q(s = 1) = sigmoid(prior log-odds + this).
 
-    ln(b^a / Gamma(a)) + (a - 1) E ln rho - b E rho of the slab, less the same of the spike. It is the extrinsic
-    message to the prior on s: the log-odds of q(s) without those of the prior.
+    ln(b^a / Gamma(a)) + (a - 1) E ln rho - b E rho of the slab, less the same of the spike. It is the message
+    to the prior on s, extrinsic: the log-odds of q(s) without those of the prior.
     """
     mean, mean_log = precision.shape / precision.rate, digamma(precision.shape) - jnp.log(precision.rate)
 
@@ -179,9 +186,9 @@ def support_log_odds(precision: Gamma, slab: Gamma, spike: Gamma):
 def marginal_log_odds(square, slab: Gamma, spike: Gamma):
     """ln p(w | s=1) / p(w | s=0) at w^2 = `square`, with the precision integrated out.
 
-    A starting point for the alternation of the two updates above. Each of them only climbs, and with both factors
-    at "active" (or "inactive") a weight stays there whatever it is: started from the marginal, they climb the hill
-    that explains the weight.
+    A starting point for the alternation of the two updates above. Each of them only climbs, and with both
+    factors at "active" (or "inactive") a weight stays there whatever it is: started from the marginal, they
+    climb the hill that explains the weight.
     """
 
     def log_density(prior):
@@ -195,8 +202,8 @@ def chain_messages(log_odds, p01: float, p10: float):
     """The prior log-odds of every support given the messages of all *others* along a binary Markov chain.
 
     p(s_1) is stationary; p(s_i+1 = 1 | s_i = 0) = p01 and p(s_i+1 = 0 | s_i = 1) = p10. Forward and backward
-    messages are log-odds; adding both to the own message gives the exact posterior. With p01 = 1 - p10 the supports
-    are independent and the answer does not depend on the messages.
+    messages are log-odds; adding both to the own message gives the exact posterior. With p01 = 1 - p10 the
+    supports are independent and the answer does not depend on the messages.
 
     Args:
       log_odds: array (length, ...), chains along the first axis: the messages, from -inf to inf excluded.
@@ -226,11 +233,11 @@ def chain_messages(log_odds, p01: float, p10: float):
 
 @jax.jit(static_argnames="hierarchy")
 def turbo_round(square, prior, hierarchy: Hierarchy) -> Beliefs:
-    """q(rho) and q(s) alternated `ROUNDS` times (module A), then the prior of s by message passing (module B).
+    """q(rho) and q(s) alternated `ROUNDS` times (module A), then the prior of s by messages (module B).
 
     Args:
       square: E_q[w^2], array (length, ...) with the chains along the first axis.
-      prior: log-odds of the prior of s, like `square`: at first `hierarchy.rest`, then what this returned last.
+      prior: log-odds of the prior of s, like `square`: at first `hierarchy.rest`, then that of the last round.
       hierarchy: the prior.
     """
     slab, spike = hierarchy.slab, hierarchy.spike
@@ -248,7 +255,7 @@ def turbo_round(square, prior, hierarchy: Hierarchy) -> Beliefs:
 
 
 def as_chains(leaf):
-    """A kernel `(..., inputs, outputs)` as (length, outputs): one chain over the flattened inputs per output."""
+    """A kernel `(..., inputs, outputs)` as (length, outputs): a chain over the flattened inputs per output."""
     return leaf.reshape(-1, leaf.shape[-1])
 
 
@@ -302,14 +309,15 @@ def posterior(name: str, leaves):
 def add_kl_gradient(grads, params, masks, precision, scale):
     """The gradients of loss + scale * KL(q || prior), and the KL: what the loss would be with the KL in it.
 
-    The sum is over the weights inside the masks of the leaves that `precision` names. A leaf `X` with a sibling
-    `X_rho` is N(mu, softplus(rho)^2); one without is a point, whose KL up to a constant is precision w^2 / 2.
+    The sum is over the weights inside the masks of the leaves that `precision` names. A leaf `X` with a
+    sibling `X_rho` is N(mu, softplus(rho)^2); one without is a point, whose KL up to a constant is
+    precision w^2 / 2.
 
     Args:
       grads: gradients of the loss, a tree like the params.
       params: the parameters.
       masks: of the same structure.
-      precision: `{path name: precision of the prior N(0, 1 / precision)}`, scalars or arrays of the leaf's shape.
+      precision: `{path name: precision of the prior N(0, 1 / precision)}`, scalars or like the leaf.
       scale: float scalar, may be traced: 1 / (number of training examples) for a loss that is their mean.
 
     Returns:

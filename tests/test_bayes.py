@@ -48,7 +48,10 @@ def test_exponential_scores_match_quadrature(mean, sigma):
             return (np.exp(abs(mean + sigma * z)) - np.exp(abs(mean))) ** power * scipy.stats.norm.pdf(z)
 
         kink = np.clip(-mean / sigma, -9, 9)
-        return sum(scipy.integrate.quad(integrand, *ends, epsabs=1e-9 * sigma**power)[0] for ends in ((-9, kink), (kink, 9)))
+        return sum(
+            scipy.integrate.quad(integrand, *ends, epsabs=1e-9 * sigma**power)[0]
+            for ends in ((-9, kink), (kink, 9))
+        )
 
     expected = np.exp(abs(mean)) + moment(1)
     np.testing.assert_allclose(bayes.exp_abs_mean(mean, sigma), np.log(expected), rtol=2e-6, atol=1e-7)
@@ -73,7 +76,9 @@ def test_snr_of_the_absolute_value_keeps_the_same_weights_as_the_ratio():
     assert (keep[0] != np.asarray(top_k_mask(np.abs(mu), 150))).any()
 
 
-@pytest.mark.parametrize("score", [bayes.abs_mean, bayes.snr, bayes.snr_abs, bayes.exp_abs_mean, bayes.snr_exp_abs])
+@pytest.mark.parametrize(
+    "score", [bayes.abs_mean, bayes.snr, bayes.snr_abs, bayes.exp_abs_mean, bayes.snr_exp_abs]
+)
 def test_scores_are_finite_where_sigma_vanishes(score):
     assert np.isfinite(score(np.array([0.0, 1e-3, 2.0]), np.array([0.0, 1e-30, 1e-38]))).all()
 
@@ -97,7 +102,8 @@ def test_softplus_and_its_inverse():
 
 
 def elbo(shape, rate, support, square, pi, slab=SLAB, spike=SPIKE):
-    """The evidence lower bound of one weight but for the terms of q(w) alone, from the definitions, in float64."""
+    """The evidence lower bound of one weight but for the terms of q(w) alone, from the definitions, in
+    float64."""
     mean, mean_log = shape / rate, scipy.special.digamma(shape) - np.log(rate)
 
     def log_gamma_prior(a, b):
@@ -123,7 +129,10 @@ def test_updates_maximise_the_bound_numerically(slab, spike, square, pi):
     support = 0.7
     precision = bayes.precision_update(square, support, slab, spike)
     best = scipy.optimize.minimize(
-        lambda x: -elbo(*np.exp(x), support, square, pi, slab, spike), [0.0, 0.0], tol=1e-12, method="Nelder-Mead"
+        lambda x: -elbo(*np.exp(x), support, square, pi, slab, spike),
+        [0.0, 0.0],
+        tol=1e-12,
+        method="Nelder-Mead",
     )
     np.testing.assert_allclose(precision, np.exp(best.x), rtol=1e-4)
     log_odds = np.log(pi / (1 - pi)) + bayes.support_log_odds(precision, slab, spike)
@@ -235,7 +244,10 @@ def test_runs_are_counted_along_the_first_axis():
 
 
 def test_posteriors_are_found_by_name():
-    params = {"a": {"kernel": jnp.ones((2, 2)), "kernel_rho": jnp.zeros((2, 2))}, "b": {"kernel": jnp.ones(3)}}
+    params = {
+        "a": {"kernel": jnp.ones((2, 2)), "kernel_rho": jnp.zeros((2, 2))},
+        "b": {"kernel": jnp.ones(3)},
+    }
     assert bayes.gaussian_leaves(params) == {"a/kernel": "a/kernel_rho"}
     masks = {"a": {"kernel": jnp.eye(2, dtype=bool), "kernel_rho": jnp.asarray(True)}, "b": {"kernel": True}}
     tied = bayes.tie_masks(masks)

@@ -29,6 +29,7 @@ def orthonormal(blocks, height, rank, seed=0):
 
 
 error = jax.jit(dense_sparse.relative_error)
+factorise = jax.jit(dense_sparse.factorise, static_argnums=(1, 2, 3))
 alternate = jax.jit(dense_sparse.alternate, static_argnums=2)
 
 
@@ -54,17 +55,15 @@ def test_alternation_recovers_planted_factors_from_nearby_atoms():
 @pytest.mark.parametrize("rank", [6, 10])
 def test_dense_codes_with_enough_atoms_are_exact(rank):
     weight = gaussian(1, 12, 5) @ gaussian(1, 5, 9, seed=1)
-    assert error(weight, dense_sparse.factorise(weight, rank, NM(1, 1), iterations=1)) < 1e-10
-    assert error(weight, dense_sparse.factorise(weight, 4, NM(1, 1), iterations=3)) > 1e-3
+    assert error(weight, factorise(weight, rank, NM(1, 1), 1)) < 1e-10
+    assert error(weight, factorise(weight, 4, NM(1, 1), 3)) > 1e-3
 
 
 def test_one_block_of_dense_codes_is_the_truncated_svd():
     weight = gaussian(1, 12, 20)
     values = np.linalg.svd(weight[0], compute_uv=False)
     best = np.sum(values[4:] ** 2) / np.sum(values**2)
-    assert error(weight, dense_sparse.factorise(weight, 4, NM(4, 4), iterations=2)) == pytest.approx(
-        best, rel=1e-5
-    )
+    assert error(weight, factorise(weight, 4, NM(4, 4), 2)) == pytest.approx(best, rel=1e-5)
     factors = Factors(gaussian(1, 12, 4, seed=1), jnp.zeros((1, 4, 20)))  # and from anywhere
     for _ in range(150):
         factors = alternate(weight, factors, NM(4, 4))
@@ -90,7 +89,7 @@ def test_the_error_never_increases(n, m, rank):
 def test_codes_are_near_the_best_of_all_supports():
     # Two atoms of four for every column: all six supports, each with its least squares, can be tried.
     weight = gaussian(1, 10, 25)
-    factors = dense_sparse.factorise(weight, 4, NM(2, 4), iterations=40)
+    factors = factorise(weight, 4, NM(2, 4), 40)
     atoms, columns = np.asarray(factors.dense[0], np.float64), np.asarray(weight[0], np.float64)
     best = np.full(25, np.inf)
     for support in itertools.combinations(range(4), 2):
@@ -113,13 +112,13 @@ def test_the_dictionary_is_the_least_squares_and_keeps_unused_atoms():
 
 def test_more_atoms_than_dimensions_help():
     weight = gaussian(1, 8, 200)
-    errors = [error(weight, dense_sparse.factorise(weight, rank, NM(2, rank), 20)) for rank in (8, 16)]
+    errors = [error(weight, factorise(weight, rank, NM(2, rank), 20)) for rank in (8, 16)]
     assert errors[1] < 0.9 * errors[0]
 
 
 def test_degenerate_weights_stay_finite():
     for weight in (jnp.zeros((2, 4, 6)), jnp.ones((2, 4, 6)), jnp.ones((2, 4, 6), jnp.bfloat16)):
-        factors = dense_sparse.factorise(weight, 4, NM(2, 4), 3)
+        factors = factorise(weight, 4, NM(2, 4), 3)
         assert all(bool(jnp.isfinite(part).all()) for part in factors)
         np.testing.assert_allclose(dense_sparse.product(factors), weight, atol=1e-5)
 

@@ -26,8 +26,8 @@ def rows() -> tuple[Row, ...]:
     for series, objective in OBJECTIVES.items():
         found.append(Row(label(series, SPARSE_BITS), series, SPARSE_BITS, recipe.pruned(objective)))
         for bits in BITS:
-            overrides = recipe.quantised(bits, objective)
-            found.append(Row(label(series, bits), series, bits, overrides, quick=series == TAUGHT and bits == 4))
+            quick = series == TAUGHT and bits == 4
+            found.append(Row(label(series, bits), series, bits, recipe.quantised(bits, objective), quick))
     for bits in (4, 2):
         overrides = {**recipe.quantised(bits, recipe.DISTILL), **STILL}
         found.append(Row(label("not trained", bits), "not trained", bits, overrides))

@@ -1,4 +1,4 @@
-"""Turbo-VBI on linear regression with clustered weights [Xia, Tsang, Lau 2023]; about 3 minutes on two cores."""
+"""Turbo-VBI on linear regression with clustered weights [Xia et al. 2023]; about 3 minutes on two cores."""
 
 import ml_collections
 
@@ -8,7 +8,7 @@ from experiments.tables import Metric, Panel, Row, Table
 
 SAMPLES = (70, 100, 150)
 DATA = {"size": 200, "bursts": 5, "length": 8, "noise": 0.5}
-# The prior knows how many bursts there are and how long they are: 40 of 200 weights active, in both structures.
+# The priors know how many weights are active, 40 of 200; the chain also knows how long bursts are.
 PRIOR = {"name": "turbo_vbi", "p01": 5 / 160, "p10": 1 / 8, "slab": (1.0, 1.0), "spike": (1.0, 1e-3)}
 METHODS = {
     "chain prior": {**PRIOR, "structure": "chain"},
@@ -38,14 +38,14 @@ GAINS = [gap(label("chain prior", n), label("independent prior", n)) for n in (7
 TABLE = Table(
     title="Turbo-VBI: clustered weights of a linear regression",
     papers=(
-        "C. Xia, D. H. K. Tsang, V. K. N. Lau: Structured Bayesian Compression for Deep Neural Networks Based on the "
-        "Turbo-VBI Approach, 2023 (the method; it has no such experiment)",
-        "M. E. Tipping: Sparse Bayesian Learning and the Relevance Vector Machine, 2001 (ARD; scikit-learn's)",
+        "C. Xia, D. H. K. Tsang, V. K. N. Lau: Structured Bayesian Compression for Deep Neural Networks Based "
+        "on the Turbo-VBI Approach, 2023",
+        "M. E. Tipping: Sparse Bayesian Learning and the Relevance Vector Machine, 2001 (ARD)",
     ),
-    about="y = X w + noise with 200 weights of which 5 bursts of 8 neighbours are active (standard normal; noise of "
-    "standard deviation 0.5). Scored is which weights a method calls active. Both "
-    "priors know the share of active weights, the chain also the length of bursts; the noise is estimated. Inference "
-    "starts with 20 rounds of ARD.",
+    about="y = X w + noise with 200 weights of which 5 bursts of 8 neighbours are active (standard "
+    "normal; noise of standard deviation 0.5). Scored is which weights a method calls active. Both priors "
+    "know the share of active weights, the chain also the length of bursts; the noise is estimated. "
+    "Inference starts with 20 rounds of ARD.",
     base=ml_collections.ConfigDict({"seed": 0, "data": {}, "method": {}}),
     panels=(
         Panel("Recovery of the support", ROWS, seeds=10, x_title="samples", x_scale="log", reference=""),

@@ -1,15 +1,15 @@
 """Mean-field Gaussian layers: every weight is a normal posterior q(w) = N(mu, sigma^2).
 
-`kernel` holds mu and `kernel_rho` holds rho with sigma = softplus(rho). With the RNG stream `sample` (training)
-the layers draw their output rather than their weights, the local reparametrisation of Kingma et al. 2015:
+`kernel` holds mu and `kernel_rho` holds rho with sigma = softplus(rho). With the RNG stream `sample`
+(training) the layers draw their output instead of their weights (local reparametrisation, Kingma et al. 2015):
 
   y = x mu + b + sqrt(x^2 sigma^2) eps,   eps ~ N(0, 1) for every output of every example
 
-and without it (evaluation) they compute with the means, as the plain layer of the same name. The bias is a number.
+and without it (evaluation) they compute with the means, as the plain layer does. The bias is a number.
 
-One mask serves both leaves: sigma is zero, not softplus(0) = 0.693, wherever the mask of `kernel` is. The layers can
-only do so if they see the masks: `model.apply({"params": params, "masks": masks}, x)`. A model that contains them
-says so by the attribute `reads_masks = True`.
+One mask serves both leaves: sigma is zero, not softplus(0) = 0.693, wherever the mask of `kernel` is. The
+layers can only do so if they see the masks: `model.apply({"params": params, "masks": masks}, x)`. A model
+that contains them says so by the attribute `reads_masks = True`.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class Variational(MaskedParams):
 
     @linen.compact
     def __call__(self, x):
-        """The mean output, with noise of the output's own standard deviation if there is a stream `sample`."""
+        """The mean output, plus noise of each output's own deviation if there is a stream `sample`."""
         shape, start = self.kernel_shape(x), linen.initializers.constant(inverse_softplus(self.sigma))
         mean = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         rho = self.param("kernel_rho", start, shape, self.param_dtype)
@@ -111,6 +111,6 @@ class VariationalConv(Variational):
 
 
 def _sqrt(variance):
-    """The square root, with gradient zero instead of infinity at zero: an output all of whose weights are masked."""
+    """The square root; at zero, where all weights of an output are masked, its gradient is zero."""
     positive = variance > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)

@@ -1,12 +1,12 @@
 """SSVI: Training Bayesian Neural Networks with Sparse Subspace Variational Inference (Li et al. 2024).
 
-Every weight of a variational layer (`sparsejax.nn.VariationalDense`) is q(w) = N(mu, sigma^2), and a fixed number
-of them is active; the others are zero, mean and deviation. The objective is
+Every weight of a variational layer (`sparsejax.nn.VariationalDense`) is q(w) = N(mu, sigma^2), and a fixed
+number of them is active; the others are zero, mean and deviation. The objective is
 
     loss + kl_scale u(t) / N * sum over active weights of KL(q(w) || N(0, prior_sigma^2))
 
-with N training examples and the warm-up u(t) = min(t / kl_warmup, 1). The loss is the model's; this transform adds the
-gradient of the rest. Every `update_every` steps, in every sparsified leaf with n active weights and
+with N training examples and the warm-up u(t) = min(t / kl_warmup, 1). The loss is the model's; this transform
+adds the gradient of the rest. Every `update_every` steps, in every sparsified leaf with n active weights and
 r = floor(f(t) n), f(t) = drop_fraction / 2 (1 + cos(pi t / update_end)):
 
     keep = the n - r active weights of largest score;  add = the r others of largest |dL/dmu|.
@@ -17,12 +17,14 @@ Scores, all of q(w) in closed form (`sparsejax.bayes`):
     abs_mean E|w|           snr_abs  E|w| / std|w|
     exp_mean E exp|w|       snr_exp  E exp|w| / std exp|w|
 
-snr_abs increases strictly with snr, so the two make the same choice; on other patterns than single weights they
-differ in how a unit averages. An added weight starts at mu = 0 and at the mean rho of the active weights of its leaf.
+snr_abs increases strictly with snr, so the two make the same choice; on other patterns than single weights
+they differ in how a unit averages. An added weight starts at mu = 0 and at the mean rho of the active weights
+of its leaf.
 
-Masks are tied: `X` and `X_rho` have the same one. A leaf without an `X_rho` is a point: it has no KL, all scores are
-|w|, and the method is RigL (Evci et al. 2020). Departures: the step that changes the masks still updates the survivors
-(`topology`), and a weight that was just removed may be added again. It then keeps its posterior.
+Masks are tied: `X` and `X_rho` have the same one. A leaf without an `X_rho` is a point: it has no KL, all
+scores are |w|, and the method is RigL (Evci et al. 2020). Departures: the step that changes the masks still
+updates the survivors (`topology`), and a weight that was just removed may be added again. It then keeps its
+posterior.
 """
 
 from typing import NamedTuple
@@ -48,8 +50,8 @@ INITIAL = ("random", "score")
 
 
 class SsviState(NamedTuple):
-    """count: steps taken; masks: tied; fired: weights active at least once; metrics: `kl`, the KL of the active
-    weights in nats; inner_state: the inner optimizer's."""
+    """count: steps taken; masks: tied; fired: weights active at least once; metrics: `kl`, the KL of the
+    active weights in nats; inner_state: the inner optimizer's."""
 
     count: jnp.ndarray
     masks: Masks
@@ -83,14 +85,14 @@ def ssvi(
       kl_warmup: steps over which that weight rises from 0; the paper takes half of training.
       prior_sigma: standard deviation of the prior.
       update_every: steps between changes of the masks.
-      drop_fraction: share of the active weights to replace. A float is annealed by a cosine to 0 at `update_end`
-        (and constant without one); a schedule is used as it is.
+      drop_fraction: share of the active weights to replace. A float is annealed by a cosine to 0 at
+        `update_end` (and constant without one); a schedule is used as it is.
       update_end: step from which the masks stay fixed; the paper takes 3/4 of training. None never stops.
       initial: "random" masks, or those of the largest "score" of the initial parameters: from a trained dense
         posterior that is pruning after training.
       seed: of random initial masks.
-      **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`. At `sparsity` 0 this
-        is dense mean-field variational inference.
+      **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`. At `sparsity`
+        0 this is dense mean-field variational inference.
     """
     aim, rank = target_of(**target), choose("score", score, SCORES)
     choose("kind of initial masks", initial, INITIAL)

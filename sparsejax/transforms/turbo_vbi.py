@@ -1,27 +1,27 @@
 """Turbo-VBI: Structured Bayesian Compression for Deep Neural Networks (Xia, Tsang, Lau; 2023).
 
-Every weight has a support s, a precision rho and a value w with the hierarchical prior of `sparsejax.bayes`; the prior
-on s may be structured. While t < `end` the objective is
+Every weight has a support s, a precision rho and a value w with the hierarchical prior of `sparsejax.bayes`;
+the prior on s may be structured. While t < `end` the objective is
 
     loss + kl_scale / N * sum of KL(q(w) || N(0, 1 / E rho)),     q(w) = N(mu, sigma^2)
 
-where the loss is the model's, and this transform adds the gradient of the rest. Every `update_every` steps, E rho
-is found anew from E w^2 = mu^2 + sigma^2 in two modules that exchange messages:
+where the loss is the model's, and this transform adds the gradient of the rest. Every `update_every` steps, E
+rho is found anew from E w^2 = mu^2 + sigma^2 in two modules that exchange messages:
 
-    A  q(rho) = Gamma(P a + (1 - P) a_ + 1/2, P b + (1 - P) b_ + E w^2 / 2) and P = q(s = 1) in turn, which leaves the
-       message l = log-odds(P) - log-odds(pi) of the likelihood, without the prior pi that went in
-    B  pi <- the prior of each s given the messages of all others: a binary Markov chain along the inputs of every
-       output, exactly, by forward and backward messages; with structure "independent", pi stays as it is
+    A  q(rho) = Gamma(P a + (1 - P) a_ + 1/2, P b + (1 - P) b_ + E w^2 / 2) and P = q(s = 1) in turn, which
+       leaves the message l = log-odds(P) - log-odds(pi) of the likelihood, without the prior pi that went in
+    B  pi <- the prior of each s given the messages of all others: a binary Markov chain along the inputs of
+       every output, exactly, by forward and backward messages; "independent" leaves pi as it is
 
-At `end` a weight is removed where P < 1/2 or |mu| < `threshold`, and training goes on with fixed masks and without
-the KL. How sparse that is is an outcome; with a `sparsity` the weights of largest log-odds P stay instead, exactly
-so many.
+At `end` a weight is removed where P < 1/2 or |mu| < `threshold`, and training goes on with fixed masks and
+without the KL. How sparse that is is an outcome; with a `sparsity` the weights of largest log-odds P stay
+instead, exactly so many.
 
 A leaf without a sibling `X_rho` has sigma = 0: q(w) is a point, and this is the EM algorithm of the prior.
 
-Departures: A starts from P with rho integrated out (`bayes.marginal_log_odds`), because its factors otherwise keep
-each other where they were first. The updates are those of real weights (the authors' released
-demo is for complex ones: +1 and E|w|^2 in place of +1/2 and E w^2 / 2).
+Departures: A starts from P with rho integrated out (`bayes.marginal_log_odds`), because its factors otherwise
+keep each other where they were first. The updates are those of real weights (the authors' released demo is for
+complex ones: +1 and E|w|^2 in place of +1/2 and E w^2 / 2).
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ STRUCTURES = ("chain", "independent")
 
 
 class TurboVbiState(NamedTuple):
-    """count: steps taken; masks: all True before `end`; precision: E rho; log_odds: of P; prior: the log-odds of
-    pi (all three float32 like the params, scalars for leaves that are not sparsified); metrics: `kl` of the weights
-    in nats, `active`: the mean of P, `run_length`: of the final masks along the chains, 0 before `end`;
-    inner_state: the inner optimizer's."""
+    """count: steps taken; masks: all True before `end`; precision: E rho; log_odds: of P; prior: the log-odds
+    of pi (all three float32 like the params, scalars for leaves that are not sparsified); metrics: `kl` of
+    the weights in nats, `active`: the mean of P, `run_length`: of the final masks along the chains, 0 before
+    `end`; inner_state: the inner optimizer's."""
 
     count: jnp.ndarray
     masks: Masks
@@ -80,10 +80,11 @@ def turbo_vbi(
       train_size: N, the number of training examples.
       end: the step at which weights are removed; training should go on beyond it.
       structure: "chain" or "independent", see above.
-      p01, p10: the chain's probabilities of becoming active and of becoming inactive, in (0, 1): runs of active
-        weights have a mean length of 1 / p10, a share p01 / (p01 + p10) is active. "independent" has that share.
-      slab, spike: (a, b) and (a_, b_); their ratio b / a is the variance that active and inactive weights should
-        have. The defaults suit weights of unit size, those of a network need smaller b.
+      p01, p10: the chain's probabilities of becoming active and of becoming inactive, in (0, 1): runs of
+        active weights have a mean length of 1 / p10, a share p01 / (p01 + p10) is active. "independent" has
+        that share.
+      slab, spike: (a, b) and (a_, b_); their ratio b / a is the variance that active and inactive weights
+        should have. The defaults suit weights of unit size, those of a network need smaller b.
       kl_scale: weight of the KL; 1 is the evidence lower bound.
       update_every: steps between updates of q(rho), q(s) and pi.
       threshold: least |mu| of a weight that stays.
@@ -103,7 +104,8 @@ def turbo_vbi(
         raise ValueError("turbo_vbi ranks weights by log-odds, for which allocation='lamp' is not defined")
     if train_size < 1 or kl_scale < 0 or end < 1:
         raise ValueError(
-            f"turbo_vbi needs train_size >= 1, kl_scale >= 0 and end >= 1, got {train_size}, {kl_scale} and {end}"
+            "turbo_vbi needs train_size >= 1, kl_scale >= 0 and end >= 1, got "
+            f"{train_size}, {kl_scale} and {end}"
         )
     hierarchy = Hierarchy(Gamma(*slab), Gamma(*spike), p01, p10, chain)
     due = updates_due(update_every, end=end, force_end=True)

@@ -246,3 +246,25 @@ def test_cifar_corrupted_files_are_named(tmp_path):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         load(**arguments)
+
+
+def test_stdlib_is_source_code_with_next_bytes(tmp_path):
+    data = load("stdlib", length=32, size=20_000)
+    x, y = data.train
+    assert x.shape == y.shape == (625, 32) and x.dtype == np.int32 and data.classes == 256
+    np.testing.assert_array_equal(x.ravel()[1:], y.ravel()[:-1])
+    assert "import" in bytes(x.ravel().astype(np.uint8)).decode(errors="replace")
+    for index in range(30):
+        (tmp_path / f"{index:02d}.py").write_bytes(bytes([index]) * 100)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "left_out.py").write_bytes(bytes([200]) * 100)
+    mine = load("stdlib", tmp_path, length=10, size=100_000)
+    assert set(np.unique(mine.test[0])) == {0, 10, 20}
+    assert set(np.unique(mine.train[0])) == set(range(30)) - {0, 10, 20}
+
+
+def test_mistakes_about_stdlib(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has 0 Python files"):
+        load("stdlib", tmp_path)
+    with pytest.raises(ValueError, match=r"length >= 1 and size >= 10 \(length \+ 1\), got 100 and 50"):
+        load("stdlib", length=100, size=50)

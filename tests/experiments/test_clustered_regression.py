@@ -11,7 +11,14 @@ from experiments import clustered_regression, table, tables
 from experiments.tables import Metric, Panel, Row, Table
 
 EASY = {"size": 40, "bursts": 2, "length": 5, "samples": 60, "noise": 0.01}
-CHAIN = {"name": "turbo_vbi", "structure": "chain", "p01": 0.07, "p10": 0.2, "slab": (1.0, 1.0), "spike": (1.0, 1e-4)}
+CHAIN = {
+    "name": "turbo_vbi",
+    "structure": "chain",
+    "p01": 0.07,
+    "p10": 0.2,
+    "slab": (1.0, 1.0),
+    "spike": (1.0, 1e-4),
+}
 
 
 def runs_of(flags):
@@ -21,7 +28,9 @@ def runs_of(flags):
 
 
 def test_weights_are_active_in_bursts_that_do_not_touch():
-    lengths = {tuple(runs_of(clustered_regression.clustered_data(seed, **EASY)[2] != 0)) for seed in range(50)}
+    lengths = {
+        tuple(runs_of(clustered_regression.clustered_data(seed, **EASY)[2] != 0)) for seed in range(50)
+    }
     assert lengths == {(5, 5)}
     inputs, targets, weights = clustered_regression.clustered_data(0, **{**EASY, "noise": 0.0})
     np.testing.assert_allclose(np.linalg.lstsq(inputs, targets)[0], weights, atol=1e-10)
@@ -47,7 +56,9 @@ def test_f1_is_that_of_scikit_learn():
 
 def test_hindsight_is_never_worse(tmp_path):
     scores = {
-        name: clustered_regression.run({"seed": 0, "data": EASY, "method": {"name": name}}, tmp_path / name)["f1"]
+        name: clustered_regression.run({"seed": 0, "data": EASY, "method": {"name": name}}, tmp_path / name)[
+            "f1"
+        ]
         for name in ("ard", "ard_best")
     }
     assert scores["ard_best"] >= scores["ard"] > 0.5

@@ -12,6 +12,7 @@ SMALL = {  # keywords that keep the compilation short, and an input
     "mlp": ({"hidden": (7,)}, (3, 4, 4, 1)),
     "cnn": ({"channels": (2, 3), "hidden": 5}, (3, 8, 8, 1)),
     "resnet": ({"depth": 8, "channels": 4}, (3, 8, 8, 3)),
+    "transformer": ({"width": 8, "depth": 1, "heads": 2, "mlp_ratio": 1, "max_length": 5}, (3, 5)),
     "vit": ({"width": 8, "depth": 1, "heads": 2, "mlp_ratio": 1}, (3, 8, 8, 1)),
     "wide_resnet": ({"depth": 10, "width": 1}, (3, 8, 8, 3)),
 }
@@ -56,6 +57,8 @@ def start(name, **kw):
     small, shape = SMALL[name]
     model = build(name, 6, **{**small, **kw})
     x = jax.random.normal(jax.random.key(1), shape)
+    if name == "transformer":
+        x = jnp.argsort(x)  # tokens
     return model, x, jax.jit(model.init)(jax.random.key(0), x)
 
 
@@ -73,7 +76,7 @@ def test_outputs_masks_and_statistics(name):
 
     out, updated = forward({**variables, "masks": masks})
     expected, _ = forward({**variables, "params": apply_masks(variables["params"], masks)})
-    assert out.shape == (3, 6) and out.dtype == jnp.float32
+    assert out.shape == ((3, 5, 6) if name == "transformer" else (3, 6)) and out.dtype == jnp.float32
     np.testing.assert_array_equal(out, expected)
     assert not np.array_equal(out, forward(variables)[0])
     before, after = (jax.tree.leaves(tree.get("batch_stats", {})) for tree in (variables, updated))
@@ -90,6 +93,16 @@ def test_running_statistics_make_examples_independent(name):
     assert np.abs(together[1:] - other[1:]).max() > 1e-3
     trained, _ = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
     assert np.abs(trained - together).max() > 1e-3
+
+
+def test_a_transformer_sees_only_what_came_before():
+    model, tokens, variables = start("transformer")
+    later = tokens.at[:, 3:].set((tokens[:, 3:] + 1) % 5)
+    before, after = (jax.jit(model.apply)(variables, x) for x in (tokens, later))
+    np.testing.assert_allclose(before[:, :3], after[:, :3], atol=1e-6)
+    assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
+    with pytest.raises(ValueError, match="sequences of 6 tokens exceed max_length=5"):
+        model.apply(variables, jnp.zeros((1, 6), jnp.int32))
 
 
 def test_mlp_is_its_formula():
@@ -139,7 +152,7 @@ def test_bfloat16_computation_gives_float32_outputs():
         ({"name": "wideresnet"}, "unknown model 'wideresnet'; did you mean 'wide_resnet'"),
         ({"name": "vgg"}, ", ".join(sorted(MODELS))),
         ({"name": "mlp", "hiden": (3,)}, "unknown keyword of model 'mlp': 'hiden'; did you mean 'hidden'"),
-        ({"name": "mlp", "parent": None}, r"\(known: dtype, hidden\)"),
+        ({"name": "mlp", "parent": None}, r"\(known: dtype, hidden, linear\)"),
         ({"name": "resnet", "depth": 18}, "depth=18 of a resnet must be 6n"),
         ({"name": "wide_resnet", "depth": 20}, "depth=20 of a wide_resnet must be 6n"),
     ],

@@ -71,7 +71,9 @@ def test_the_active_count_is_constant_and_the_mask_is_one(score):
 
 
 def test_what_is_removed_and_added_is_what_a_sort_says():
-    (_, _), (_, _), (params, state), (_, after) = train(ssvi(drop_fraction=lambda step: 0.5), make_params(), 3)
+    (_, _), (_, _), (params, state), (_, after) = train(
+        ssvi(drop_fraction=lambda step: 0.5), make_params(), 3
+    )
     active = np.asarray(state.masks["first"]["kernel"]).ravel()
     mu, rho = (np.asarray(params["first"][name], np.float64).ravel() for name in ("kernel", "kernel_rho"))
     ratio = np.where(active, np.abs(mu) / softplus(rho), -1.0)
@@ -200,5 +202,7 @@ def test_mistakes_are_named():
         ssvi(score="sn")
     with pytest.raises(ValueError, match="unknown kind of initial masks 'dense'.*random, score"):
         ssvi(initial="dense")
-    with pytest.raises(ValueError, match="ssvi needs train_size >= 1.*prior_sigma > 0, got 0, 0.01, 0 and 0.005"):
+    with pytest.raises(
+        ValueError, match="ssvi needs train_size >= 1.*prior_sigma > 0, got 0, 0.01, 0 and 0.005"
+    ):
         ssvi(train_size=0)

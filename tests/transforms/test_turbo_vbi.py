@@ -1,4 +1,5 @@
-"""Turbo-VBI: beliefs against an independent float64 version with brute-force chains, the gradient, the end."""
+"""Turbo-VBI: beliefs against an independent float64 version with brute-force chains, the gradient, the
+end."""
 
 import itertools
 
@@ -38,7 +39,15 @@ def make_grads(params, step):
 
 def turbo(inner=None, **kwargs):
     inner = optax.sgd(0.1, momentum=0.9) if inner is None else inner
-    keywords = {"train_size": SIZE, "end": 5, "update_every": 2, "slab": SLAB, "spike": SPIKE, "p01": P01, "p10": P10}
+    keywords = {
+        "train_size": SIZE,
+        "end": 5,
+        "update_every": 2,
+        "slab": SLAB,
+        "spike": SPIKE,
+        "p01": P01,
+        "p10": P10,
+    }
     return sparsejax.turbo_vbi(inner, **{**keywords, **kwargs})
 
 
@@ -157,7 +166,9 @@ def test_nothing_is_removed_before_the_end_and_nothing_changes_after_it():
         assert 0 < expected.sum() < active.sum()
     np.testing.assert_array_equal(after.masks["first"]["kernel_rho"], after.masks["first"]["kernel"])
     for params, state in run[6:]:
-        assert all((state.masks[layer]["kernel"] == after.masks[layer]["kernel"]).all() for layer in state.masks)
+        assert all(
+            (state.masks[layer]["kernel"] == after.masks[layer]["kernel"]).all() for layer in state.masks
+        )
         for name in ("kernel", "kernel_rho"):
             assert not np.asarray(params["first"][name])[~np.asarray(after.masks["first"]["kernel"])].any()
 
@@ -174,14 +185,17 @@ def test_after_the_end_it_is_the_inner_optimizer_under_fixed_masks():
 
 
 def test_a_weak_weight_survives_in_a_burst_only():
-    """The same weight between strong ones and alone: the chain keeps the first, the independent prior neither."""
+    """The same weight between strong ones and alone: the chain keeps the first, the independent prior
+    neither."""
     mu = np.full((12, 1), 1e-3, np.float32)
     mu[3:8] = 1.5
     mu[5] = mu[10] = 0.1
     params = {"layer": {"kernel": jnp.asarray(mu), "kernel_rho": jnp.full((12, 1), -8.0)}}
     kept = {}
     for structure in ("chain", "independent"):
-        tx = turbo(optax.sgd(0.0), structure=structure, slab=(1.0, 1.0), spike=(1.0, 0.002), p01=0.05, p10=0.2)
+        tx = turbo(
+            optax.sgd(0.0), structure=structure, slab=(1.0, 1.0), spike=(1.0, 0.002), p01=0.05, p10=0.2
+        )
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(7):
             _, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
@@ -213,7 +227,9 @@ def test_mistakes_are_named():
         turbo(structure="tree")
     with pytest.raises(ValueError, match="p01 and p10 must be in .0, 1., got p01=0.1 and p10=1.0"):
         turbo(p10=1.0)
-    with pytest.raises(ValueError, match="slab and spike must be pairs of positive numbers, got .1.0, 0.0. and"):
+    with pytest.raises(
+        ValueError, match="slab and spike must be pairs of positive numbers, got .1.0, 0.0. and"
+    ):
         turbo(slab=(1.0, 0.0))
     with pytest.raises(ValueError, match="turbo_vbi needs train_size >= 1, .*got 50, 1.0 and 0"):
         turbo(end=0)
