@@ -74,8 +74,8 @@ def regenerate(
       quick: only the rows marked quick, with the quick overrides and seeds.
       jobs: local processes.
       seeds: seeds per row, instead of the table's own numbers.
-      function: executes a run: `(config, workdir) -> summary`, and leaves `summary.json` there; that of the table
-        unless given.
+      function: executes a run: `(config, workdir) -> summary`, and leaves `summary.json` there; that of the
+        table unless given.
       config_hash: names a config; unless given, that of `sparsejax.training`.
 
     Returns:
@@ -113,8 +113,8 @@ def regenerate(
 def expand(table: tables.Table, config_hash: Callable, *, quick: bool = False, seeds: int | None = None):
     """The configs by hash, and the runs of a table: rows x seeds.
 
-    Rows with equal configs (a dense network shown twice) share one execution. A table with a function of its own
-    has configs that `config_hash` need not know.
+    Rows with equal configs (a dense network shown twice) share one execution. A table with a function of its
+    own has configs that `config_hash` need not know.
     """
     config_hash = config_hash if table.function is None else _plain_hash
     configs, runs = {}, []

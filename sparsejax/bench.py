@@ -264,7 +264,14 @@ def main() -> None:
     keep_freed_memory()
     for bench in benches:
         for result in bench(args.repeats):
-            print(json.dumps(result._asdict()) if args.json else _line(result), flush=True)
+            print(json.dumps(_fields(result)) if args.json else _line(result), flush=True)
+
+
+def _fields(result: Result) -> dict:
+    """The result with its unit in the names: `ours_ms` and `baseline_ms`, or `ours_mib` and `baseline_mib`."""
+    found, unit = result._asdict(), result.unit.lower()
+    names = {"ours": f"ours_{unit}", "theirs": f"baseline_{unit}"}
+    return {names.get(name, name): value for name, value in found.items() if name != "unit"}
 
 
 def _line(result: Result) -> str:

@@ -22,8 +22,10 @@ FLOPs, a step costs
 Straight-through methods update every weight, so their weight gradient is dense. Their input gradient does use
 masked weights, but N:M groups lie along the reduction axis of the forward product and not of this one, where
 no sparse product could use them: it is counted as dense, as in the BDWP paper (Fang et al. 2023). BDWP has
-other masks, with the groups along the right axis, for that product. The variational methods train with two
-products per kernel, of the means and of the variances, as if all kernels were variational; they infer with one.
+other masks, with the groups along the right axis, for that product.
+
+The variational methods train with two products per kernel, of the means and of the variances, as if all
+kernels were variational; they infer with one.
 
 Layers of factors (Monarch, low rank) cost the products with the factors; SLTrain multiplies by the dense weight
 that it builds, and costs as much as a dense layer.

@@ -136,9 +136,9 @@ class Table:
       claims: what is decided from the rows.
       metrics: shown per row; the first is the plotted one.
       quick: overrides for `--quick`, applied last, and `quick_seeds` the seeds then; two minutes in all.
-      function: executes a run, if that is not `sparsejax.training.run`: `(config, workdir) -> summary`, leaving
-        `summary.json` in the workdir. It must be importable, for the workers; its configs are named by their
-        values as they are.
+      function: executes a run, if that is not `sparsejax.training.run`: `(config, workdir) -> summary`,
+        leaving `summary.json` in the workdir. It must be importable, for the workers; its configs are named by
+        their values as they are.
 
     Raises:
       ValueError: if two rows share a label, or a claim speaks of a row that is not there.

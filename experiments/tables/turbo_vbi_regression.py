@@ -38,8 +38,8 @@ GAINS = [gap(label("chain prior", n), label("independent prior", n)) for n in (7
 TABLE = Table(
     title="Turbo-VBI: clustered weights of a linear regression",
     papers=(
-        "C. Xia, D. H. K. Tsang, V. K. N. Lau: Structured Bayesian Compression for Deep Neural Networks Based "
-        "on the Turbo-VBI Approach, 2023",
+        "C. Xia, D. H. K. Tsang, V. K. N. Lau: Structured Bayesian Compression for Deep Neural Networks "
+        "Based on the Turbo-VBI Approach, 2023",
         "M. E. Tipping: Sparse Bayesian Learning and the Relevance Vector Machine, 2001 (ARD)",
     ),
     about="y = X w + noise with 200 weights of which 5 bursts of 8 neighbours are active (standard "
@@ -56,7 +56,8 @@ TABLE = Table(
         Claim("The same with 70, 100 and 150 samples", beats("independent prior")),
         Claim("The chain prior finds the support better than ARD with 70, 100 and 150 samples",
               beats("ARD, coefficients that are not 0")),
-        Claim("The same if ARD had the best threshold in hindsight", beats("ARD, best threshold in hindsight")),
+        Claim("The same if ARD had the best threshold in hindsight",
+              beats("ARD, best threshold in hindsight")),
         Claim("The chain gains more with fewer samples (70 against 150)", greater(*GAINS, F1)),
     ),
     metrics=(
@@ -65,6 +66,6 @@ TABLE = Table(
         Metric("active", "weights called active (of 40)", 1, 1),
         Metric("run_length", "mean length of a run of active weights", 1, 1),
     ),
-    quick_seeds=2,
+    quick={"data.size": 120},
     function=clustered_regression.run,
 )  # fmt: skip

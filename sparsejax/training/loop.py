@@ -81,7 +81,7 @@ def _load(config: dict, runs: Path, mesh, progress: bool) -> Problem:
         run(config, workdir, mesh, progress, runs)
 
     problem = load_problem(config, mesh, obtain(config["pretrained"], runs, mesh, train))
-    check_fits(problem.pretrained.variables["params"], problem.shapes["params"])
+    check_fits(problem.converted["params"], problem.shapes["params"])
     return problem
 
 

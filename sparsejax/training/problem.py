@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import sparsejax.data
 import sparsejax.models
-from sparsejax import parameterizations, pruning, structure, transforms
+from sparsejax import nn, parameterizations, pruning, structure, transforms
 from sparsejax.data.pipeline import batches
 from sparsejax.masks import choose, dense_masks, densities
 from sparsejax.parameterizations import Parameterized
@@ -83,8 +83,14 @@ class Problem:
         key = jax.random.fold_in(jax.random.key(self.seed), draw)
         if self.pretrained is None or draw:
             return dict(self._init(key, self.sample))
-        found = self.pretrained.variables
+        found = self.converted
         return jax.jit(self.model.convert)(key, found) if isinstance(self.model, Parameterized) else found
+
+    @functools.cached_property
+    def converted(self) -> dict[str, Any]:
+        """The variables of the pretrained network, whose linear layers may be of another kind than this one's."""
+        found, key = self.pretrained, jax.random.key(self.seed)
+        return nn.convert(found.model, found.variables, self.network, key, self.sample, train=False)
 
     def batches(self, steps: int, start: int = 0):
         """The training batches of steps `start` to `steps`: a pure function of the seed and the step."""
