@@ -17,8 +17,9 @@ def test_expands(name):
     configs, runs = table.expand(full, config_hash)
     assert len(configs) <= len(runs) == sum(len(panel.rows) * panel.seeds for panel in full.panels)
     quick, _ = table.expand(full, config_hash, quick=True)
-    assert 0 < len(quick) < len(configs) / 4
-    assert not quick.keys() & configs.keys()
+    assert 0 < len(quick) < len(configs) / 3
+    # a table whose runs are quick anyway only leaves out rows, and shares the others' results
+    assert not full.quick or not quick.keys() & configs.keys()
 
 
 @pytest.mark.slow

@@ -269,7 +269,7 @@ def test_gradual_keeps_the_largest_magnitudes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda build: build("riggl"), "unknown method 'riggl'; did you mean 'rigl'? (known: dense, fixed"),
+        (lambda build: build("riggl"), "unknown method 'riggl'; did you mean 'rigl'? (known: adams, ast"),
         (lambda build: build("rigl", sparsty=0.9), "unknown keyword of method 'rigl' 'sparsty'; did you mean 'sparsity'?"),
         (lambda build: build("rigl", sparsity=1.2), "sparsity must be in [0, 1), got 1.2"),
         (lambda build: build("rigl"), "sparsity must be in [0, 1), got None"),
