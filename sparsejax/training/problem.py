@@ -113,7 +113,9 @@ def load_problem(config: Mapping, mesh: Mesh | None, pretrained=None) -> Problem
     model = sparsejax.models.build(**{"classes": dataset.outputs, **config["model"]})
     if "parameterization" in config:
         known = inspect.signature(
-            choose("parameterization", config["parameterization"]["name"], parameterizations.PARAMETERIZATIONS)
+            choose(
+                "parameterization", config["parameterization"]["name"], parameterizations.PARAMETERIZATIONS
+            )
         ).parameters
         given = {"steps": config["steps"]} if "steps" in known else {}
         model = Parameterized(model, parameterizations.build(**{**given, **config["parameterization"]}))
@@ -180,7 +182,9 @@ def build_transform(problem: Problem, phase: Phase, inner, schedule, variables: 
 
 def _pretrained_masks(problem: Problem, params):
     if problem.pretrained is None:
-        raise ValueError("config.method.score='pretrained' needs config.pretrained, the run that has the masks")
+        raise ValueError(
+            "config.method.score='pretrained' needs config.pretrained, the run that has the masks"
+        )
     if not isinstance(problem.model, Parameterized):
         return problem.pretrained.masks
     return {**dense_masks(params), "params": problem.pretrained.masks}
