@@ -1,4 +1,4 @@
-"""Every table really runs in its quick version; and every full one expands to valid configs."""
+"""Every table with results really runs in its quick version; and every full one expands to valid configs."""
 
 import csv
 import pathlib
@@ -8,6 +8,8 @@ import pytest
 from experiments import table, tables
 from sparsejax.training import config_hash
 
+# A table is part of the project once its results are committed; a written one that waits for them only expands.
+FINISHED = [name for name in tables.known() if (table.RESULTS / f"{name}.md").exists()]
 FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -24,7 +26,7 @@ def test_expands(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason="needs the Debian package dataset-fashion-mnist")
-@pytest.mark.parametrize("name", tables.known())
+@pytest.mark.parametrize("name", FINISHED)
 def test_quick(name, tmp_path):
     assert table.main([f"--table={name}", "--quick", f"--workdir={tmp_path}", "--jobs=2"]) == 0
     folder = tmp_path / "quick-results"

@@ -66,7 +66,7 @@ def test_a_training_step_is_one_alternation_from_the_stored_factors():
     found, after, _ = jax.jit(method.materialize)(moved, state, KEY)
     old = method.factors(state)["dense/kernel"]
     blocks = moved["params"]["dense"]["kernel"].reshape(2, 4, 24)
-    expected = dense_sparse.alternate(blocks, old, NM(2, 4))
+    expected = jax.jit(dense_sparse.alternate, static_argnums=2)(blocks, old, NM(2, 4))
     np.testing.assert_allclose(found["dense"]["kernel"], dense_of(expected), rtol=1e-4, atol=1e-5)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     np.testing.assert_array_equal(
@@ -104,7 +104,7 @@ def test_enough_atoms_change_nothing():
         "head": {"kernel": jnp.ones((24, 3))},
     }
     method = build_method(pattern="1:1", block=None, budget=1.0)
-    latent, state = method.init(KEY, low_rank)
+    latent, state = jax.jit(method.init)(KEY, low_rank)
     found = method.materialize(latent, state)[0]["dense"]["kernel"]
     np.testing.assert_allclose(found, low_rank["dense"]["kernel"], rtol=1e-3, atol=1e-5)
 
@@ -114,13 +114,16 @@ def test_deployed_as_dense_sparse_layers():
     x = weights(5, 8, seed=1)
     plain = models.build("mlp", 3, hidden=(24, 12))
     model = Parameterized(plain, build_method())
-    variables = model.init(KEY, x)
+    variables = jax.jit(model.init)(KEY, x)
     params, masks = model.parameterization.deploy(variables["params"], variables["parameterization"])
     deployed = models.build("mlp", 3, hidden=(24, 12), linear={"name": "dense_sparse", **setting})
     fresh = jax.eval_shape(deployed.init, KEY, x)["params"]
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh)
     np.testing.assert_allclose(
-        deployed.apply({"params": params}, x), model.apply(variables, x), rtol=1e-4, atol=1e-4
+        jax.jit(deployed.apply)({"params": params}, x),
+        jax.jit(model.apply)(variables, x),
+        rtol=1e-4,
+        atol=1e-4,
     )
     # Half of every S: the cost of a layer is that of D and of the kept half.
     kept = densities(masks)
@@ -134,16 +137,16 @@ def test_deployed_as_dense_sparse_layers():
 
 def test_the_layer_equals_its_dense_twin_and_is_made_from_one():
     layer, x = nn.DenseSparse(24, budget=0.9, pattern="2:4", block=4), weights(3, 8)
-    variables = layer.init(KEY, x)
-    dense = layer.to_dense(variables)
+    variables = jax.jit(layer.init)(KEY, x)
+    dense = jax.jit(layer.to_dense)(variables)
     np.testing.assert_allclose(
         layer.apply(variables, x), nn.Dense(24).apply({"params": dense}, x), rtol=1e-4, atol=1e-5
     )
     assert np.count_nonzero(variables["params"]["sparse_kernel"]) == 8 * 24 / 2
-    wide = nn.DenseSparse(512).init(KEY, jnp.ones((1, 512)))
+    wide = jax.jit(nn.DenseSparse(512).init)(KEY, jnp.ones((1, 512)))
     kernel = nn.DenseSparse(512).to_dense(wide)["kernel"]
     assert float(jnp.var(kernel)) * 512 == pytest.approx(1.0, rel=0.2)
-    again = layer.from_dense(dense)
+    again = jax.jit(layer.from_dense)(dense)
     norms = [jnp.linalg.norm(again["dense_kernel"], axis=1), jnp.linalg.norm(again["sparse_kernel"], axis=2)]
     np.testing.assert_allclose(*(np.where(norms[1] > 0, norm, 0.0) for norm in norms), rtol=1e-4)
     np.testing.assert_allclose(
@@ -154,7 +157,7 @@ def test_the_layer_equals_its_dense_twin_and_is_made_from_one():
 def test_a_few_training_steps_follow_the_task():
     model = Parameterized(models.build("mlp", 2, hidden=(24,)), build_method())
     x, y = weights(64, 8), jnp.asarray(np.random.default_rng(3).integers(0, 2, 64))
-    variables, tx = model.init(KEY, x), optax.adam(1e-2)
+    variables, tx = jax.jit(model.init)(KEY, x), optax.adam(1e-2)
     moments = tx.init(variables["params"])
 
     @jax.jit
