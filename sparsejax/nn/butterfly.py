@@ -10,10 +10,11 @@ this fixed pattern of zeros. It can be the discrete Fourier transform (the fast 
 StNN: with F the unitary transform of length 2n, J the reversal, P zero padding and Q the cut to outputs n - 1 to
 2n - 2, a Hankel matrix is
 
-  H = Q F^* diag(c) F P J,       H[j, i] = h[i + j],       c the discrete Fourier transform of h
+  H = sqrt(2n) Q F^* diag(c) F P J,       H[j, i] = h[i + j],       c = F h
 
-of which c is trained, and with `train_factors` the entries of all butterfly factors of F and F^* too, which
-start as those of the transform.
+of which c is trained (of the size of h, so that an optimizer's step moves the matrix as much as a step on h
+would), and with `train_factors` the entries of all butterfly factors of F and F^* too, which start as those of
+the transform.
 
 A layer has n inputs: a power of two, except that StNN without `train_factors` uses a library's transform of any
 length. More outputs than that are those of several n x n matrices, of which the last may be cut; for fewer, the
@@ -175,7 +176,8 @@ class StNN(_Stack):
 
     @linen.nowrap
     def _apply(self, x, kernel, butterflies=None):
-        n, diagonal = x.shape[-1], _complex(kernel)
+        n = x.shape[-1]
+        diagonal = np.float32(np.sqrt(2 * n)) * _complex(kernel)
         reversed_x = x[..., None, ::-1].astype(diagonal.real.dtype)
         if butterflies is None:
             y = jnp.fft.irfft(diagonal * jnp.fft.rfft(reversed_x, 2 * n), 2 * n)
@@ -225,7 +227,7 @@ def _fourier(key, shape, dtype):
 def _hankel_spectrum(key, shape, dtype, inputs: int):
     """c of Hankel matrices whose entries are normal of variance 1 / inputs."""
     entries = jax.random.normal(key, (shape[1], 2 * inputs - 1)) * inputs**-0.5
-    return _pair(jnp.fft.fft(entries, 2 * inputs)[:, : shape[-1]], dtype)
+    return _pair(jnp.fft.fft(entries, 2 * inputs, norm="ortho")[:, : shape[-1]], dtype)
 
 
 def _transforms(key, shape, dtype):

@@ -91,7 +91,9 @@ def test_real_layers_start_orthogonal_and_complex_ones_as_the_fourier_transform(
 def hankel_of(kernel, n):
     """The stacked Hankel matrices of diagonals c: h is the inverse transform of c."""
     c = np.asarray(kernel[0]) + 1j * np.asarray(kernel[1])
-    entries = np.fft.irfft(c, 2 * n) if c.shape[-1] == n + 1 else np.fft.ifft(c).real
+    entries = (
+        np.fft.irfft(c, 2 * n, norm="ortho") if c.shape[-1] == n + 1 else np.fft.ifft(c, norm="ortho").real
+    )
     return np.concatenate([scipy.linalg.hankel(h[:n], h[n - 1 : 2 * n - 1]) for h in entries])
 
 
