@@ -14,7 +14,7 @@ from configs import base
 DATA = {"name": "digits"}
 MODEL = {"name": "vit", "patch": 4, "width": 64, "depth": 2, "heads": 4, "mlp_ratio": 2}
 BLOCKS = ("*block_*kernel",)
-DISTILL = {"distill": 0.5, "temperature": 2.0}
+DISTILL = {"distill": 0.5, "temperature": 2.0, "features": 1.0}
 
 
 def adam(learning_rate: float) -> dict:

@@ -50,7 +50,8 @@ TABLE = Table(
     "dense for 1000 steps of Adam. Its 12 kernels are pruned to 2:4 by magnitude and trained on for 300 "
     "steps under fixed masks, then quantised (symmetric, one scale per output channel) and trained for "
     "300 steps under the same masks. Distilled rows add the Kullback-Leibler divergence from the "
-    "network that their stage starts from, at temperature 2. As in the paper patches, norms and head "
+    "network that their stage starts from, at temperature 2, and the mean squared distance between "
+    "the outputs of the blocks (the paper weights blocks by sensitivity). As in the paper patches, norms and head "
     "are not pruned; activations are not quantised here. \"not trained\" rounds the distilled 2:4 "
     "network.",
     base=ml_collections.ConfigDict(BASE),

@@ -25,7 +25,7 @@ DEFAULTS = {
 }
 # Fields that a run has only if they are given.
 OPTIONAL = ("pretrained", "objective", "parameterization")
-OBJECTIVE = {"distill": 0.0, "temperature": 1.0}
+OBJECTIVE = {"distill": 0.0, "temperature": 1.0, "features": 0.0}
 SECTIONS = tuple(name for name, value in DEFAULTS.items() if isinstance(value, dict))
 POSITIVE = ("batch_size", "eval_batch_size", "steps", "log_every", "keep_checkpoints")
 NON_NEGATIVE = ("eval_every", "checkpoint_every")
@@ -98,8 +98,11 @@ def _objective(given: Mapping) -> dict:
         raise ValueError(f"config.objective.distill must be in [0, 1], got {objective['distill']}")
     if objective["temperature"] <= 0:
         raise ValueError(f"config.objective.temperature must be positive, got {objective['temperature']}")
-    if objective["distill"] and "pretrained" not in given:
-        raise ValueError("config.objective.distill needs config.pretrained, the run that gives the teacher")
+    if objective["features"] < 0:
+        raise ValueError(f"config.objective.features must be at least 0, got {objective['features']}")
+    used = next((key for key in ("distill", "features") if objective[key]), None)
+    if used and "pretrained" not in given:
+        raise ValueError(f"config.objective.{used} needs config.pretrained, the run that gives the teacher")
     return objective
 
 

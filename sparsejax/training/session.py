@@ -115,13 +115,15 @@ class Session:
 
     def _teacher(self) -> Teacher | None:
         objective, pretrained = self.problem.config.get("objective"), self.problem.pretrained
-        if not objective or not objective["distill"]:
+        if not objective or not (objective["distill"] or objective["features"]):
             return None
         variables = pretrained.variables
         if self.problem.mesh is not None:
             replicated = NamedSharding(self.problem.mesh, PartitionSpec())
             variables = place(variables, jax.tree.map(lambda _: replicated, variables))
-        return Teacher(pretrained.model, variables, objective["distill"], objective["temperature"])
+        return Teacher(
+            pretrained.model, variables, objective["distill"], objective["temperature"], objective["features"]
+        )
 
     def evaluate(self, state: TrainState, split: str = "test") -> dict[str, float]:
         """Mean loss, accuracy and calibration on a whole split, whose batches stay on the device."""

@@ -51,18 +51,22 @@ def new_state(params, collections, opt_state, step: int = 0) -> TrainState:
 class Teacher(NamedTuple):
     """A frozen network whose outputs are learned besides the labels (Hinton et al. 2015).
 
-    The loss is (1 - weight) CE + weight T^2 KL(teacher || student), with both softmaxes at temperature T.
+    The loss is (1 - weight) CE + weight T^2 KL(teacher || student), with both softmaxes at temperature T, plus
+    `features` times the mean squared distance between what both models sow into `features`, averaged over the
+    sown arrays (Romero et al. 2015).
 
     Attributes:
       model, variables: what `model.apply(variables, x, train=False)` needs.
       weight: share of the distillation in the loss, in [0, 1].
       temperature: T.
+      features: weight of the distance between features, at least 0.
     """
 
     model: Any
     variables: Any
     weight: float
     temperature: float
+    features: float = 0.0
 
 
 def objective(outputs, targets, classes: int | None):
@@ -89,6 +93,19 @@ def divergence(teacher_outputs, outputs, temperature: float):
         jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (teacher_outputs, outputs)
     )
     return temperature**2 * _per_sample(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1))
+
+
+def distance(teacher_features, features):
+    """Mean over the sown arrays of their mean squared difference.
+
+    Raises:
+      ValueError: if nothing was sown.
+    """
+    pairs = zip(jax.tree.leaves(teacher_features), jax.tree.leaves(features), strict=True)
+    found = [jnp.mean(jnp.square((a - b).astype(jnp.float32))) for a, b in pairs]
+    if not found:
+        raise ValueError("config.objective.features needs a model that sows `features`, such as vit")
+    return sum(found) / len(found)
 
 
 def model_variables(model, params, collections, opt_state, masked: bool = False) -> dict[str, Any]:
@@ -137,19 +154,22 @@ def make_train_step(
     def step(state: TrainState, batch, teacher_variables) -> TrainState:
         noise = jax.random.fold_in(jax.random.key(seed), state.step)
         streams = {"dropout": noise, "sample": jax.random.fold_in(noise, 1)}
-        mutable = [*state.collections, "losses"]
-        target = None
+        mutable = [*state.collections, "losses", "features"]
         if teacher is not None:
-            target = teacher.model.apply(teacher_variables, batch["x"], train=False)
+            target, sown = teacher.model.apply(
+                teacher_variables, batch["x"], train=False, mutable=["features"]
+            )
 
         def loss_of(params):
             variables = model_variables(model, params, state.collections, state.opt_state, masked)
             outputs, updated = model.apply(variables, batch["x"], train=True, mutable=mutable, rngs=streams)
             losses, correct = objective(outputs, batch["y"], classes)
-            loss = jnp.mean(losses)
-            if target is not None:
+            loss, features = jnp.mean(losses), updated.pop("features", {})
+            if teacher is not None:
                 distilled = jnp.mean(divergence(target, outputs, teacher.temperature))
                 loss = (1 - teacher.weight) * loss + teacher.weight * distilled
+                if teacher.features:
+                    loss += teacher.features * distance(sown.get("features", {}), features)
             loss = sum(jax.tree.leaves(updated.pop("losses", {})), loss)
             return loss, (jnp.mean(correct), {**state.collections, **updated})
 
