@@ -15,11 +15,12 @@ from configs import digits
 def get_config() -> ml_collections.ConfigDict:
     """The boosted variant; without `config.parameterization` it is the naive one."""
     config, _ = digits.pretrained()
+    pattern = ml_collections.FieldReference("1:16")  # one for both, also if overridden
     config.method = ml_collections.ConfigDict(
-        {"name": "ast", "pattern": "1:16", "exclude": ("*head/*",), "strength": 1e-2}
+        {"name": "ast", "pattern": pattern, "exclude": ("*head/*",), "strength": 1e-2}
     )
     config.parameterization = ml_collections.ConfigDict(
-        {"name": "slorb", "block": 16, "pattern": "1:16", "exclude": ("head/*",)}
+        {"name": "slorb", "block": 16, "pattern": pattern, "exclude": ("head/*",)}
     )
     config.objective = ml_collections.ConfigDict({"distill": 2 / 3, "temperature": 2.0})
     return config

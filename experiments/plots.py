@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import textwrap
 
 import matplotlib.figure
 import matplotlib.ticker
@@ -13,7 +14,8 @@ from experiments.tables import Metric, Panel, Table
 # Okabe and Ito's palette, which colour-blind readers can tell apart; black is left for the reference.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = "osD^vPX"
-WIDTH, HEIGHT, APART = 5.4, 4.2, 0.008
+WIDTH, HEIGHT, APART = 5.4, 4.0, 0.008
+CHARACTER, HANDLE, LINE = 0.078, 0.75, 0.22  # inches: of text, and of a legend's entry and line
 
 
 def draw(table: Table, results: Results, path: pathlib.Path):
@@ -23,7 +25,8 @@ def draw(table: Table, results: Results, path: pathlib.Path):
     horizontal band. Series of all panels share their colours and one legend.
     """
     metric = table.metrics[0]
-    figure = matplotlib.figure.Figure(figsize=(WIDTH * len(table.panels), HEIGHT), layout="constrained")
+    width = WIDTH * len(table.panels)
+    figure = matplotlib.figure.Figure(figsize=(width, HEIGHT), layout="constrained")
     series = dict.fromkeys(row.series for panel in table.panels for row in panel.rows)
     references = {panel.reference for panel in table.panels}
     plain = [name for name in series if name not in references]
@@ -37,9 +40,11 @@ def draw(table: Table, results: Results, path: pathlib.Path):
         handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True)) | handles
     if handles:
         shown = [name for name in series if name in handles]
-        columns, place = min(len(shown), 3 if len(axes) == 1 else 4 * len(axes)), "outside lower center"
+        columns = min(len(shown), max(1, int(width / (CHARACTER * max(map(len, shown)) + HANDLE))))
+        figure.set_figheight(HEIGHT + LINE * math.ceil(len(shown) / columns))
+        place = "outside lower center"
         figure.legend([handles[name] for name in shown], shown, loc=place, ncols=columns, frameon=False)
-    figure.suptitle(table.title)
+    figure.suptitle(textwrap.fill(table.title, int(width / (1.3 * CHARACTER))))
     figure.savefig(path, dpi=150)
 
 

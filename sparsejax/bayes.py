@@ -294,6 +294,13 @@ def tie_masks(masks):
     )
 
 
+def check_patterns(patterns, params) -> None:
+    """A ValueError if a rho is among the parameters to sparsify, naming it: it shares the mask of its mean."""
+    for mean, rho in gaussian_leaves(params).items():
+        if rho in patterns:
+            raise ValueError(f"{rho} shares the mask of {mean} and cannot have its own: exclude '*{SCALE}'")
+
+
 def posterior(name: str, leaves):
     """(mu, sigma) of the leaf `name` in float32; sigma is zero, a scalar, for a leaf without a rho.
 

@@ -12,6 +12,7 @@ global norm in it is by the norm of the others.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -29,8 +30,8 @@ class Adam:
     Args:
       learning_rate: gamma, a float or a schedule over steps.
       b1, b2: decays of mu and v, in [0, 1).
-      eps: added to the root of v.
-      weight_decay: decoupled, of all sparsified weights.
+      eps: added to the root of v, positive.
+      weight_decay: decoupled, of all sparsified weights, at least 0.
     """
 
     learning_rate: float | optax.Schedule
@@ -43,6 +44,10 @@ class Adam:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and at least 0, got {self.weight_decay}")
 
     def average(self, grads, momentum):
         """mu after this step's gradients: a float32 tree, scalars where `moments` made them."""

@@ -125,7 +125,8 @@ def factorise(weight, rank: int, pattern: NM, iterations: int = 30) -> Factors:
 def relative_error(weight, factors: Factors):
     """|W - D S|^2 / |W|^2, a float32 scalar."""
     weight = weight.astype(jnp.float32)
-    return jnp.sum(jnp.square(weight - product(factors))) / jnp.sum(jnp.square(weight))
+    total = jnp.maximum(jnp.sum(jnp.square(weight)), jnp.finfo(jnp.float32).tiny)
+    return jnp.sum(jnp.square(weight - product(factors))) / total
 
 
 # --- what is stored ----------------------------------------------------------------------------------
@@ -156,26 +157,30 @@ def plan(
     Args:
       shape: `(rows, out)`.
       budget: what the factors may store, as a fraction of the dense matrix, in (0, 1]; the rank is the largest
-        multiple of M whose `stored_values` fit, and at most `height + out`.
+        multiple of M whose `stored_values` fit.
       pattern: N:M along the rows of S.
       block: height of the blocks, a divisor of the rows; None for all rows.
       label: what errors call the matrix.
 
     Raises:
-      ValueError: one sentence, if the shape is not that of a matrix, the block does not divide the rows, or
+      ValueError: one sentence, if the pattern is not N:M along the rows, the shape not that of a matrix, the block does not divide the rows, or
         nothing fits the budget.
     """
+    if type(pattern) is not NM or pattern.axis != -2:
+        raise ValueError(
+            f"the codes of {label} need an N:M pattern along axis -2 such as 5:16, got {pattern!r}"
+        )
     if len(shape) != 2:
         raise ValueError(f"dense-sparse factors are those of a matrix, but {label} has shape {tuple(shape)}")
     rows, out = shape
     height = rows if block is None else block
-    if height < 1 or rows % height:
-        raise ValueError(f"block={block} must divide the {rows} rows of {label}")
+    if not isinstance(height, int) or height < 1 or rows % height:
+        raise ValueError(f"block={block} must be an integer that divides the {rows} rows of {label}")
     if not 0 < budget <= 1:
         raise ValueError(f"the budget of {label} must be in (0, 1], got {budget}")
     blocked = (rows // height, height, out)
     least = stored_values(blocked, pattern.m, pattern) / (rows * out)
-    groups = min(int(budget / least + 1e-9), (height + out) // pattern.m)
+    groups = int(budget / least + 1e-9)
     if not groups:
         raise ValueError(
             f"budget={budget:g} is too small for {label} of shape {tuple(shape)}: with {pattern.n}:{pattern.m} "

@@ -100,7 +100,7 @@ def layer_macs(model: linen.Module, variables, *example_inputs, **kwargs) -> dic
 
     Args:
       model: any linen module, of stock layers or ours.
-      variables: its variables, or their `jax.ShapeDtypeStruct`s; `masks` among them are ignored.
+      variables: its variables, or their `jax.ShapeDtypeStruct`s; `masks` and `backward_masks` are ignored.
       *example_inputs: inputs as for `model.apply`, arrays or `jax.ShapeDtypeStruct`s; the leading axis of the
         first is the batch.
       **kwargs: keywords of the call, for example `train=False`.
@@ -133,7 +133,8 @@ def layer_macs(model: linen.Module, variables, *example_inputs, **kwargs) -> dic
         return model.apply(variables, *inputs, mutable=True, **kwargs)
 
     with linen.intercept_methods(intercept):
-        jax.eval_shape(forward, {k: v for k, v in variables.items() if k != "masks"}, *example_inputs)
+        dense = {name: tree for name, tree in variables.items() if name not in ("masks", "backward_masks")}
+        jax.eval_shape(forward, dense, *example_inputs)
     return {name: count // batch for name, count in macs.items()}
 
 

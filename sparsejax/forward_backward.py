@@ -4,7 +4,7 @@
 
 with the learning rate gamma_t of the step, so that the update returned is prox(params + updates) - params.
 The masks tell which groups are nonzero now: zero groups still get gradients and may come back. At step `end`
-the k best groups by ||v_g|| / sqrt(d_g) are kept as they are, the others become zero, and from then on the
+the k best groups by ||v_g|| / sqrt(d_g) (for `prox_l0` in the metric D, see there) are kept as they are, the others become zero, and from then on the
 masks stay fixed and the inner optimizer works under them (fine-tuning).
 
 The prox must be taken in the metric of the step. A step of SGD is one in the Euclidean metric. Adam's,
@@ -95,6 +95,10 @@ class Aim:
             )
         if k is not None and target.get("sparsity") is not None:
             raise ValueError(f"give either sparsity or k, got sparsity={target['sparsity']:g} and k={k}")
+        if k is not None and target["allocation"] not in ("uniform", "global"):
+            raise ValueError(
+                f"give either allocation or k, got allocation={target['allocation']!r} and k={k}"
+            )
         if k is not None or self.joint:
             # the counts are not the target's, which then only says which leaves and which patterns
             self.sparsity = target.get("sparsity")
@@ -126,11 +130,20 @@ class Aim:
         rules = self.k if isinstance(self.k, Mapping) else {"*": self.k}
         found = {}
         for name, available in units.items():
+            if isinstance(patterns[name], NM):
+                raise ValueError(
+                    f"{name} has pattern {patterns[name].n}:{patterns[name].m}, which fixes its own number: leave k out"
+                )
             rule = masks_lib.best_rule(name, rules)
             if rule is None:
                 raise ValueError(f"no rule of k matches {name!r} (rules: {', '.join(rules)})")
             self._check(rules[rule], available, name)
-            found[name] = patterns[name].kept(leaves[name].shape, rules[rule])
+            found[name] = rules[rule]
+        for rule in rules:
+            if units and rule != "*" and not any(masks_lib.matches(name, (rule,)) for name in units):
+                raise ValueError(
+                    f"k rule {rule!r} matches no sparsified parameter (known: {', '.join(units)})"
+                )
         return found
 
     @staticmethod
@@ -162,6 +175,7 @@ def forward_backward(
     b2: float,
     weights: str,
     aim: Aim,
+    select: Callable[[Mapping[str, Leaf]], dict[str, Any]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transform that takes a prox after each step of `inner`.
 
@@ -176,6 +190,7 @@ def forward_backward(
       b2: the inner optimizer's decay of second moments, for Adam's bias correction.
       weights: of the groups, d_g: "ones" or "sizes".
       aim: the groups and their numbers.
+      select: the groups to keep at `end`, `aim.select` unless given.
 
     Raises:
       ValueError: one sentence for a value out of range; in `init` for a pattern or k that does not fit.
@@ -217,7 +232,7 @@ def forward_backward(
             return move(values, {n: leaf.pattern.reduce(values[n] != 0) for n, leaf in leaves.items()})
 
         def last_selection():
-            return move({n: leaf.value for n, leaf in leaves.items()}, aim.select(leaves))
+            return move({n: leaf.value for n, leaf in leaves.items()}, (select or aim.select)(leaves))
 
         def rest():
             return land_on_zero(updates, params, state.masks), state.masks

@@ -95,6 +95,8 @@ class NM(Pattern):
     def __post_init__(self):
         if not 0 < self.n <= self.m:
             raise ValueError(f"N:M needs 0 < N <= M, got {self.n}:{self.m}")
+        if self.m & (self.m - 1):
+            raise ValueError(f"N:M needs M to be a power of two, got {self.n}:{self.m}")
 
     @property
     def sparsity(self) -> float:

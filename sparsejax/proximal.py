@@ -152,7 +152,8 @@ def wgsef_value(x, k, *, groups: Groups = None, weights=None):
     squares, sizes = _rows(squares, pattern), _rows(sizes, pattern)
     k, axis = _rows_kept(k, pattern, sizes)
     share = _shares(sizes, jnp.zeros((), sizes.dtype), k, axis, jnp.ones_like(sizes))
-    return 0.5 * jnp.sum(jnp.where(sizes > 0, squares / jnp.where(sizes > 0, share, 1), 0))
+    active = share > 0  # shares of nonzero groups can underflow
+    return 0.5 * jnp.sum(jnp.where(active, squares / jnp.where(active, share, 1), 0))
 
 
 def wgsef_prox(v, lam, k, *, groups: Groups = None, weights=None, metric=None):
@@ -301,6 +302,10 @@ def disjoint(sets: Sequence, shape, *, name: str = "the array") -> Group:
     """
     labels = np.full(math.prod(shape), -1)
     for g, members in enumerate(map(np.asarray, sets)):
+        if members.dtype == bool and members.shape != tuple(shape):
+            raise ValueError(
+                f"group {g} of {name} is a bool array of shape {members.shape}, but {name} has shape {tuple(shape)}"
+            )
         members = np.flatnonzero(members) if members.dtype == bool else np.unique(members)
         if members.size == 0 or members[0] < 0 or members[-1] >= labels.size:
             raise ValueError(

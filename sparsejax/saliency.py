@@ -54,6 +54,12 @@ def check_criteria(criteria: Iterable[str]) -> tuple[str, ...]:
     return criteria
 
 
+def check_begin(begin: int) -> None:
+    """A ValueError for a first step below 0, which would never come."""
+    if begin < 0:
+        raise ValueError(f"begin must be a step that is at least 0, got {begin}")
+
+
 def redundant_count(groups: Groups, sparsity: float) -> int:
     """K = floor(sparsity G), the number of groups to remove.
 
@@ -84,16 +90,27 @@ def saliency(groups: Groups, params, updates, criteria: Iterable[str] = DEFAULT)
       updates: what the optimizer would add to them, proportional to -g. Any positive factor cancels.
       criteria: names of `CRITERIA`.
     """
+    updates = _in_range(updates)
     products = [
         groups.sums(jax.tree.map(lambda x, u: x.astype(jnp.float32) ** 2, params, updates)),
-        groups.sums(
-            jax.tree.map(lambda x, u: -x.astype(jnp.float32) * u.astype(jnp.float32), params, updates)
-        ),
-        groups.sums(jax.tree.map(lambda x, u: u.astype(jnp.float32) ** 2, params, updates)),
+        groups.sums(jax.tree.map(lambda x, u: -x.astype(jnp.float32) * u, params, updates)),
+        groups.sums(jax.tree.map(lambda x, u: u**2, params, updates)),
         groups.sums(jax.tree.map(jnp.ones_like, params)),
     ]
     scores = [CRITERIA[name](*products) for name in criteria]
+    scores = [_in_range(score) for score in scores]
     return WEIGHT * sum(score / jnp.maximum(jnp.linalg.norm(score), _TINY) for score in scores)
+
+
+def _in_range(tree):
+    """The tree in float32, times the power of two (exact) that brings its largest entry to about 1.
+
+    Squares of squares of the updates of a trained network are below what float32 can hold.
+    """
+    tree = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    top = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
+    _, exponent = jnp.frexp(top)
+    return jax.tree.map(lambda x: jnp.ldexp(x, -exponent), tree)
 
 
 def lowest(groups: Groups, scores, k, available=True):

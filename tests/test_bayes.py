@@ -195,12 +195,16 @@ def test_chain_messages_match_the_sum_over_all_states(p01, p10):
 
 
 def test_the_message_is_extrinsic():
-    """Dividing the prior out of q(s) gives the likelihood: l = P (1 - pi) / (P (1 - pi) + (1 - P) pi)."""
-    pi = np.array([0.1, 0.4, 0.8])
-    message = np.asarray(bayes.support_log_odds(Gamma(1.5, np.array([0.3, 0.9, 1.2])), SLAB, SPIKE))
-    support = scipy.special.expit(np.log(pi / (1 - pi)) + message)
-    likelihood = support * (1 - pi) / (support * (1 - pi) + (1 - support) * pi)
-    np.testing.assert_allclose(likelihood, scipy.special.expit(message), rtol=1e-5)
+    """The new prior of a support depends on all other weights and not on its own."""
+    hierarchy = Hierarchy(SLAB, SPIKE, 0.1, 0.3)
+    square = np.full((5, 1), 0.05, np.float32)
+    changed = square.copy()
+    changed[2] = 2.0
+    prior = jnp.full(square.shape, hierarchy.rest)
+    before, after = (bayes.turbo_round(values, prior, hierarchy) for values in (square, changed))
+    moved = np.abs(np.asarray(after.prior - before.prior)).ravel()
+    assert moved[2] < 1e-6 and (moved[[1, 3]] > 0.1).all()
+    assert after.log_odds[2] - before.log_odds[2] > 1
 
 
 def test_a_chain_that_forgets_is_the_independent_prior():

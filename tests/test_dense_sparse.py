@@ -9,7 +9,7 @@ import pytest
 
 from sparsejax import dense_sparse
 from sparsejax.dense_sparse import Factors
-from sparsejax.patterns import NM
+from sparsejax.patterns import NM, parse
 
 
 def gaussian(*shape, seed=0):
@@ -144,7 +144,10 @@ def test_what_is_stored():
 @pytest.mark.parametrize(
     "shape, keywords, message",
     [
-        ((12, 8), {"block": 5}, "block=5 must divide the 12 rows of dense_0/kernel"),
+        ((12, 8), {"block": 4.0}, "block=4.0 must be an integer that divides the 12 rows"),
+        ((12, 8), {"pattern": parse("channel")}, "codes of dense_0/kernel need an N:M pattern along axis -2"),
+        ((12, 8), {"pattern": NM(2, 4, axis=-1)}, "codes of dense_0/kernel need an N:M pattern along axis -2"),
+        ((12, 8), {"block": 5}, "block=5 must be an integer that divides the 12 rows of dense_0/kernel"),
         ((12, 8), {"budget": 0.0}, r"the budget of dense_0/kernel must be in \(0, 1\], got 0.0"),
         ((12, 8), {"budget": 0.1}, r"budget=0.1 is too small for dense_0/kernel of shape \(12, 8\): with 2:4 .* 0.677"),
         ((3, 3, 4, 8), {}, r"factors are those of a matrix, but dense_0/kernel has shape \(3, 3, 4, 8\)"),

@@ -86,6 +86,14 @@ def test_embeddings_and_shared_and_unused_layers(attend, product):
     assert macs_of(Tied(attend), tokens) == expected
 
 
+def test_backward_masks_do_not_matter():
+    model, x = build("mlp", 3, hidden=(8,)), jnp.ones((1, 8))
+    variables = model.init(jax.random.key(0), x)
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), variables["params"])
+    both = {"masks": masks, "backward_masks": masks}
+    assert flops.layer_macs(model, {**variables, **both}, x) == {"dense_0/kernel": 64, "head/kernel": 24}
+
+
 def test_masks_and_batch_statistics_do_not_matter():
     model = build("wide_resnet", 10, depth=10, width=1)
     x = jnp.zeros((2, 8, 8, 3))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -241,6 +241,9 @@ finite = st.floats(-100, 100, width=32)
     st.integers(1, 7),
     hnp.arrays(np.float32, 7, elements=st.floats(0.125, 8, width=32)),
 )
+@example(
+    np.array([[np.finfo(np.float32).tiny] + [1] * 6, [1] * 7], np.float32), 1.0, 1, np.ones(7, np.float32)
+)
 def test_properties_of_the_prox(pair, lam, k, weights):
     found = np.asarray(jax.vmap(lambda v: wgsef_prox(v, lam, k, weights=weights))(pair))
     scale = max(np.abs(pair).max(), 1e-30)
@@ -409,6 +412,10 @@ def test_disjoint_groups():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: disjoint([np.ones((3, 2), bool)], (2, 3), name="w"),
+            r"group 0 of w is a bool array of shape \(3, 2\), but w has shape \(2, 3\)",
+        ),
         (lambda: wgsef_prox(V, 1.0, 5), "k must be an integer from 1 to the number of groups, 4, got 5"),
         (lambda: wgsef_prox(V, 1.0, 0), "k must be an integer from 1 to the number of groups, 4, got 0"),
         (lambda: wgsef_prox(V, 1.0, 1.5), "got 1.5"),

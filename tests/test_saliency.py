@@ -61,8 +61,9 @@ def test_saliency_equals_numpy(criteria):
     params, updates = trees()
     found = saliency.saliency(GROUPS, params, updates, criteria)
     np.testing.assert_allclose(found, mixture(params, updates, criteria), rtol=1e-5)
-    longer = jax.tree.map(lambda u: 7 * u, updates)
-    np.testing.assert_allclose(saliency.saliency(GROUPS, params, longer, criteria), found, rtol=1e-4)
+    for factor in (1e-12, 7, 1e9):
+        scaled = jax.tree.map(lambda u, factor=factor: factor * u, updates)
+        np.testing.assert_allclose(saliency.saliency(GROUPS, params, scaled, criteria), found, rtol=1e-4)
 
 
 def test_a_group_on_its_way_to_zero_is_redundant():

@@ -72,7 +72,7 @@ def prune_features(values, template):
 class Bidirectional(linen.Module):
     """Mixin for a linear layer with a `kernel`: reads `backward_masks` beside `masks`."""
 
-    @linen.nowrap  # the layer's own __call__ is the one that flax registers and that interceptors see
+    @linen.nowrap  # the layer's own __call__ is the one that flax registers and that interceptors see (without backward masks)
     def __call__(self, inputs):
         """The layer; see the module's docstring for its gradient if it has backward masks."""
         if not self.has_variable("backward_masks", "kernel"):

@@ -39,6 +39,7 @@ def fourier_factors(size: int, inverse: bool = False) -> np.ndarray:
       size: a power of two; `butterfly_matmul(x, fourier_factors(size)) * sqrt(size)` is `fft(x)`.
       inverse: those of the inverse transform.
     """
+    _check_power_of_two(size)
     factors = np.empty((size.bit_length() - 1, 2, size), np.complex64)
     for stage in range(len(factors)):
         half = 1 << stage
@@ -46,6 +47,11 @@ def fourier_factors(size: int, inverse: bool = False) -> np.ndarray:
         factors[stage, 0] = np.tile(np.concatenate([np.ones(half), -twiddles]), size // (2 * half))
         factors[stage, 1] = np.tile(np.concatenate([twiddles, np.ones(half)]), size // (2 * half))
     return factors / np.float32(np.sqrt(2))
+
+
+def _check_power_of_two(size: int) -> None:
+    if size < 2 or size & (size - 1):
+        raise ValueError(f"butterfly factors need a power of two, got size {size}")
 
 
 def butterfly_matmul(x, factors):
@@ -56,6 +62,7 @@ def butterfly_matmul(x, factors):
       factors: `(log2(n), 2, ..., n)`, real or complex: the entries `own` and `other` of the module's equation;
         further axes are broadcast against those of x.
     """
+    _check_power_of_two(x.shape[-1])
     x = x[..., _bit_reversal(x.shape[-1])]
     for stage, (own, other) in enumerate(factors):
         pairs = x.reshape(*x.shape[:-1], -1, 2, 1 << stage)
@@ -75,7 +82,8 @@ class _Stack(FactorisedLinear):
         """The `kernel` and `bias` of the Dense that equals a layer with these variables."""
         params = variables["params"]
         kernels = [params[name] for name in ("kernel", "butterfly_kernel") if name in params]
-        return with_bias({"kernel": self._apply(jnp.eye(self._inputs(kernels[0])), *kernels)}, params)
+        identity = jnp.eye(self._inputs(kernels[0]), dtype=kernels[0].dtype)
+        return with_bias({"kernel": self._apply(identity, *kernels)}, params)
 
     @linen.nowrap
     def _stacks(self, inputs: int) -> int:

@@ -62,7 +62,8 @@ class DenseSparse(FactorisedLinear):
         """The parameters of this layer that `dense_sparse.factorise` finds for a Dense's `kernel` and `bias`."""
         shape, rank = self._plan(params["kernel"].shape, "the matrix")
         found = dense_sparse.factorise(params["kernel"].reshape(shape), rank, parse(self.pattern))
-        return with_bias(kernels(found), params)
+        dtype = params["kernel"].dtype
+        return with_bias({name: leaf.astype(dtype) for name, leaf in kernels(found).items()}, params)
 
     @linen.nowrap
     def _plan(self, shape, label: str):

@@ -141,7 +141,7 @@ def convert(
 ) -> dict[str, Any]:
     """Variables of `target` that stand for the trained `variables` of `source`.
 
-    Models whose parameters have equal shapes share them. Otherwise the factorised layers of the source are
+    Models of equal parameter shapes and factorised layers share them. Otherwise the factorised layers of the source are
     multiplied out (reverse sparsification) and those of the target projected (dense-to-sparse): the two models
     are to differ in how their linear layers are made, and in nothing else. Other collections are the source's
     where they have equal shapes, and else the target's own at initialisation.
@@ -159,12 +159,22 @@ def convert(
     def draw():
         return target.init(key, *inputs, **kwargs)
 
-    if _shapes(variables["params"]) == _shapes(jax.eval_shape(draw)["params"]):
+    alike = _shapes(variables["params"]) == _shapes(jax.eval_shape(draw)["params"])
+    if alike and _layers(source, inputs, kwargs) == _layers(target, inputs, kwargs):
         return dict(variables)
     params = from_dense(target, to_dense(source, variables, *inputs, **kwargs), *inputs, **kwargs)
     fresh = jax.jit(draw)()
     shared = [name for name in fresh if _shapes(variables.get(name, {})) == _shapes(fresh[name])]
     return {**fresh, **{name: variables[name] for name in shared}, "params": params}
+
+
+def _layers(model, inputs, kwargs) -> dict[tuple, tuple]:
+    """What gives the parameters of every factorised layer their meaning: its type and fields."""
+    found = {}
+    for path, layer in factorised_layers(model, *inputs, **kwargs).items():
+        fields = set(layer.__dataclass_fields__) - {"parent", "name", "dtype", "param_dtype"}
+        found[path] = type(layer), {name: getattr(layer, name) for name in fields}
+    return found
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

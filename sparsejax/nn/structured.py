@@ -52,22 +52,29 @@ class _Structured(FactorisedLinear):
 
     @linen.nowrap
     def macs(self, kernel, inputs: int) -> int:
-        """One transform per block of inputs and of outputs, and their products; see `transform_macs`.
+        """One transform per block of inputs and of outputs, and their complex products; see `transform_macs`.
+
+        A product of complex numbers is counted as three multiply-adds and the sum of two as one.
 
         The transforms of the kernel serve the whole batch and are left out.
         """
         (p, q), (rows, columns) = self._grid(inputs)
         size = self._size(rows, columns)
-        return round((p + q) * transform_macs(size) + p * q * 3 * (size // 2 + 1))
+        return round((p + q) * transform_macs(size) + q * (4 * p - 1) * (size // 2 + 1))
 
     @linen.nowrap
     def _grid(self, inputs: int):
         """How many blocks there are along inputs and outputs, and the inputs and outputs of each."""
         if self.block is None:
             return (1, 1), (inputs, self.features)
-        if self.block < 1 or inputs % self.block or self.features % self.block:
+        if (
+            not isinstance(self.block, int)
+            or self.block < 1
+            or inputs % self.block
+            or self.features % self.block
+        ):
             raise ValueError(
-                f"{self.label}: block={self.block} must divide both its {inputs} inputs and {self.features} outputs"
+                f"{self.label}: block={self.block} must be an integer that divides both its {inputs} inputs and {self.features} outputs"
             )
         return (inputs // self.block, self.features // self.block), (self.block, self.block)
 

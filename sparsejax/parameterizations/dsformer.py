@@ -58,8 +58,10 @@ class DSFormer:
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", parse(self.pattern))
-        if type(self.pattern) is not NM:
-            raise ValueError(f"dsformer needs an N:M pattern such as 5:16, got {self.pattern!r}")
+        if type(self.pattern) is not NM or self.pattern.axis != -2:
+            raise ValueError(
+                f"dsformer needs an N:M pattern along axis -2 such as 5:16, got {self.pattern!r}"
+            )
         if self.iterations < 1:
             raise ValueError(f"dsformer needs at least one alternation, got iterations={self.iterations}")
 
@@ -104,12 +106,20 @@ class DSFormer:
         """Parameters and masks of the model whose factorised layers are `sparsejax.nn.DenseSparse` ones.
 
         They compute what the materialised parameters do; the masks keep the nonzeros of S.
+
+        Raises:
+          ValueError: for a factorised parameter that is not called `kernel`, naming it.
         """
         pairs = self.factors(state)
         params = {name: leaf for name, leaf in flatten(latent["params"]).items() if name not in pairs}
         masks = {name: jnp.asarray(True) for name in params}
         for name, pair in pairs.items():
-            owner = name.removesuffix("kernel")
+            owner, _, leaf = name.rpartition("/")
+            if leaf != "kernel":
+                raise ValueError(
+                    f"only a layer's kernel can be deployed as a DenseSparse layer, got {name!r}"
+                )
+            owner = f"{owner}/" if owner else ""
             params |= {owner + part: leaf for part, leaf in kernels(pair).items()}
             masks |= {owner + "dense_kernel": jnp.asarray(True), owner + "sparse_kernel": pair.sparse != 0}
         return unflatten_dict(params, sep="/"), unflatten_dict(masks, sep="/")

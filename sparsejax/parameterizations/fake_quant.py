@@ -78,7 +78,8 @@ def quantise(weight, bits: int):
     levels = 2 ** (bits - 1) - 1
     exact = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(exact), axis=tuple(range(weight.ndim - 1)), keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1.0) / levels
+    scale = largest / levels
+    scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)  # such a channel becomes zero
     return (scale * jnp.clip(jnp.round(exact / scale), -levels, levels)).astype(weight.dtype)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from sparsejax.masks import flatten, map_with_name
+from sparsejax.patterns import NM, parse
 from sparsejax.scores import magnitude
 from sparsejax.target import Target
 
@@ -41,7 +42,8 @@ class Slorb:
     def __post_init__(self):
         if self.block < 1:
             raise ValueError(f"the blocks of SLoRB hold at least one input, got block={self.block}")
-        Target(pattern=self.pattern)
+        if type(parse(self.pattern)) is not NM:
+            raise ValueError(f"SLoRB needs an N:M pattern such as 2:4, got {self.pattern!r}")
 
     def init(self, key, params):
         """S as the block means of the weights that magnitude pruning removes; the key is not used.

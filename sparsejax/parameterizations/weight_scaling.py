@@ -3,9 +3,9 @@
 The contracted axis of a kernel is divided into `groups` contiguous parts, and every part of every output has
 a scale A, 1 at first:
 
-    w = latent * expand(A)        A of shape (..., groups, out) for a kernel of shape (..., in, out)
+    w = latent * expand(A)        A of shape (groups, out) for a kernel of shape (..., in, out)
 
-Scales let the kept weights of a row make up at once for those that shrink. They are trained by the inner
+The taps of a convolution share their scales. Scales let the kept weights of a row make up at once for those that shrink. They are trained by the inner
 optimizer (the paper: Adam) and fold into the weights at the end, where pruned ones stay zero.
 """
 

@@ -136,7 +136,7 @@ def build_transform(problem: Problem, phase: Phase, inner, schedule, variables: 
 
     Factories that take `learning_rate`, `steps`, `train_size` or `groups` get the schedule, the length of the
     phase, the number of training examples and the removable channels of the model, unless the configuration
-    sets them.
+    sets them; those with a `metric` get the `b2` of the configured optimizer.
 
     For the method "fixed", `score` chooses how the masks are found at initialisation: "random" (the default),
     "pretrained" (those that the pretrained network was trained with), or by `sparsejax.pruning.at_init` on
@@ -160,10 +160,13 @@ def build_transform(problem: Problem, phase: Phase, inner, schedule, variables: 
     for keyword, value in known_here.items():
         if keyword in known:
             keywords.setdefault(keyword, value)
+    if "metric" in known and "b2" in problem.config["optimizer"]:
+        keywords.setdefault("b2", problem.config["optimizer"]["b2"])  # of the moments that are the metric
     if "groups" in known and "groups" not in keywords:
         keywords["groups"] = structure.channels(problem.model, variables, problem.sample, train=False)
     for keyword in ("at", "end"):
-        if (keywords.get(keyword) or 0) >= phase.steps:
+        # hesso's `end` is the step after its last
+        if (keywords.get(keyword) or 0) >= phase.steps + (name == "hesso"):
             raise ValueError(
                 f"config.method.{keyword}={keywords[keyword]} is never reached: steps count from 0, and there are "
                 f"{phase.steps} of them"

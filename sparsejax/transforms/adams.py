@@ -79,13 +79,13 @@ def adams(
       prune: cut at the last step; False leaves the masks open.
       **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`.
     """
-    if strength <= eps:
+    adam = complement.Adam(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
+    if not eps < strength < float("inf"):
         raise ValueError(
-            f"the strength of AdamS must be above eps={eps:g}, or the decay stalls, got {strength:g}"
+            f"the strength of AdamS must be finite and above eps={eps:g}, or the decay stalls, got {strength:g}"
         )
     if refresh_every < 1:
         raise ValueError(f"refresh_every must be at least 1 step, got {refresh_every}")
-    adam = complement.Adam(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
     rising, aim = complement.rise(ramp, steps), target_of(**target)
 
     def plan(params):
@@ -147,7 +147,8 @@ def distance(params, masks) -> dict[str, jnp.ndarray]:
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(masks), strict=True)
     pairs = [(jnp.abs(w.astype(jnp.float32)), mask) for w, mask in pairs if is_sparsified(mask)]
     if not pairs:
-        return dict.fromkeys(("complement_max", "complement_mean", "prune_error"), jnp.zeros([], jnp.float32))
+        names = ("complement_max", "complement_mean", "prune_error")
+        return {name: jnp.zeros([], jnp.float32) for name in names}  # one buffer each, for donation
 
     def total(function):
         return sum(jnp.sum(function(w, mask), dtype=jnp.float32) for w, mask in pairs)

@@ -67,8 +67,8 @@ def ast(
       refresh_every: steps between changes of the masks.
       **target: `sparsity`, `allocation` ("erk"), `pattern`, `include`, `exclude`, see `Target`.
     """
-    if strength < 0:
-        raise ValueError(f"the strength of AST must not be negative, got {strength:g}")
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"the strength of AST must be finite and not negative, got {strength:g}")
     if refresh_every < 1:
         raise ValueError(f"refresh_every must be at least 1 step, got {refresh_every}")
     adam = complement.Adam(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)

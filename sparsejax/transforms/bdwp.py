@@ -52,10 +52,14 @@ def bdwp(
     Args:
       inner: any Optax transformation.
       variant: "bdwp", "sdwp" or "sdgp".
-      decay: of what `masks` prune, as in `sr_ste`; 0 in the paper.
+      decay: of what `masks` prune, as in `sr_ste`, for "bdwp" only; 0 in the paper.
       **target: `pattern` (N:M along the input axis only), `include`, `exclude`, see `Target`.
     """
     choose("variant", variant, VARIANTS)
+    if decay and variant != "bdwp":
+        raise ValueError(
+            f"decay acts on what the forward pass prunes, nothing for variant={variant!r}, got decay={decay}"
+        )
     aim, inner = target_of(**target), optax.with_extra_args_support(inner)
     _check(aim)
 

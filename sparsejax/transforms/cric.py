@@ -100,6 +100,7 @@ def cric(
     """
     criteria = saliency.check_criteria(criteria)
     total = saliency.redundant_count(groups, check_sparsity(sparsity))
+    saliency.check_begin(begin)
     layers = len(groups.layers)
     first = begin + (2 * len(TRIALS) * layers if loss_weight else 0)
     _check_lengths(sampling_steps, hybrid_steps, max_cycles, first, steps)

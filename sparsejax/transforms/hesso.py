@@ -65,6 +65,7 @@ def hesso(
     """
     criteria = saliency.check_criteria(criteria)
     total = saliency.redundant_count(groups, check_sparsity(sparsity))
+    saliency.check_begin(begin)
     if not 1 <= periods <= end - begin:
         raise ValueError(
             f"periods must be at least 1 and fit between begin and end, got periods={periods}, begin={begin}, end={end}"

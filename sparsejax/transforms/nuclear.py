@@ -7,7 +7,7 @@ chosen leaf seen as a matrix W (all axes but the last, by the last):
 
 At step `end` the leaf is truncated to its r = round((1 - sparsity) min(m, n)) largest singular values. From
 then on the updates are projected on the r left singular vectors (right ones if n is the smaller side), so
-that the rank stays at most r: the counterpart of a fixed mask. A low-rank matrix has no zeros, so the masks
+that the rank stays at most r (up to the rounding of the parameters' dtype): the counterpart of a fixed mask. A low-rank matrix has no zeros, so the masks
 are dense.
 """
 

@@ -38,12 +38,14 @@ def prox_l0(
     """
     aim = Aim(k, target)
 
+    def select(leaves):
+        return aim.select(
+            {name: leaf._replace(value=leaf.value * jnp.sqrt(leaf.metric)) for name, leaf in leaves.items()}
+        )
+
     def shrink(leaves, amount):
         del amount  # a constraint has no strength
-        measured = {
-            name: leaf._replace(value=leaf.value * jnp.sqrt(leaf.metric)) for name, leaf in leaves.items()
-        }
-        kept = aim.select(measured)
+        kept = select(leaves)
         return {
             name: jnp.where(leaf.pattern.expand(kept[name], leaf.value.shape), leaf.value, 0)
             for name, leaf in leaves.items()
@@ -60,4 +62,5 @@ def prox_l0(
         b2=b2,
         weights="ones",
         aim=aim,
+        select=select,
     )

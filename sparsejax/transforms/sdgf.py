@@ -7,7 +7,7 @@ Bool masks of largest |W|, chosen again at every step, under a pattern that tigh
     geometric:  8N:8M -> 4N:4M -> 2N:2M -> N:M                (1:8: 8:64, 4:32, 2:16, 1:8)
 
 Before `begin` everything is kept. The stages before the last share the steps from `begin` to `end` equally,
-and N:M itself holds from `end` on; so with end = begin + (stages - 1) L and L steps after it all phases are
+and N:M itself holds from `end` on (from `begin` if it is the only stage); so with end = begin + (stages - 1) L and L steps after it all phases are
 equally long, as in the paper. Pruned weights get no gradient (grad="scaled": the mask times g, the limit of
 mask decay) or all of it (grad="ste"); either way they keep their values and may return.
 """

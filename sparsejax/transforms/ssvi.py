@@ -108,6 +108,7 @@ def ssvi(
     )
 
     def init(params):
+        bayes.check_patterns(aim.patterns(params), params)
         if initial == "random":
             masks = aim.random_masks(jax.random.key(seed), params)
         else:

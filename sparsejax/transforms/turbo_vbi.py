@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparsejax import bayes, topology
@@ -96,10 +97,8 @@ def turbo_vbi(
     chain = choose("structure", structure, STRUCTURES) == "chain"
     if not (0 < p01 < 1 and 0 < p10 < 1):
         raise ValueError(f"p01 and p10 must be in (0, 1), got p01={p01} and p10={p10}")
-    if any(len(gamma) != 2 or min(gamma) <= 0 for gamma in (slab, spike)):
-        raise ValueError(
-            f"slab and spike must be pairs of positive numbers, got {tuple(slab)} and {tuple(spike)}"
-        )
+    if any(np.shape(gamma) != (2,) or min(gamma) <= 0 for gamma in (slab, spike)):
+        raise ValueError(f"slab and spike must be pairs of positive numbers, got {slab!r} and {spike!r}")
     if aim.allocation == "lamp":
         raise ValueError("turbo_vbi ranks weights by log-odds, for which allocation='lamp' is not defined")
     if train_size < 1 or kl_scale < 0 or end < 1:
@@ -112,6 +111,7 @@ def turbo_vbi(
 
     def init(params):
         patterns = aim.patterns(params)
+        bayes.check_patterns(patterns, params)
         start = map_with_name(lambda _, leaf: jnp.full(leaf.shape, hierarchy.rest, jnp.float32), params)
         masks = bayes.tie_masks(topology.open_masks(patterns, params))
         metrics = {name: jnp.zeros([], jnp.float32) for name in ("active", "kl", "run_length")}

@@ -56,7 +56,7 @@ def wgsef(
     aim = Aim(k, target)
 
     def shrink(leaves, amount):
-        if aim.joint:
+        if aim.joint and leaves:
             return _together(leaves, amount)
         return {
             name: wgsef_prox(

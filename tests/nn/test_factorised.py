@@ -48,6 +48,11 @@ def test_convert_shares_multiplies_out_and_projects():
     same = nn.convert(monarch, trained, monarch, KEY, X)
     jax.tree.map(np.testing.assert_array_equal, same, trained)
 
+    lean, own = network({"name": "sparse_low_rank", "rank": 2, "alpha": 32, "density": 0.1})
+    other, _ = network({"name": "sparse_low_rank", "rank": 2, "alpha": 2, "density": 0.1})
+    with pytest.raises(ValueError, match="dense_0 cannot be made from a dense layer: SparseLowRank"):
+        nn.convert(lean, own, other, KEY, X)  # of the same shapes, but another function
+
     found = nn.convert(monarch, trained, network(None)[0], KEY, X)
     jax.tree.map(np.testing.assert_array_equal, found["params"], nn.to_dense(monarch, trained, X))
 

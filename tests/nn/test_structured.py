@@ -102,11 +102,12 @@ def test_initial_variance_dtypes_and_masks(name):
 
 def test_parameters_and_macs():
     x = jax.ShapeDtypeStruct((3, 7, 64), jnp.float32)
-    # Transforms of length 64, 64 + 128, and 2 * 16 in 4 + 2 blocks: 1.25 N log2 N each; 3 per complex product.
+    # Transforms of length 64, 64 + 128, and 2 * 16 in 4 + 2 blocks: 1.25 N log2 N each; 3 per complex product,
+    # 1 per sum of two.
     expected = {
         ("circulant", 64, None): (64, 2 * 480 + 3 * 33),
         ("toeplitz", 128, None): (191, 2 * 1.25 * 192 * np.log2(192) + 3 * 97),
-        ("hankel", 32, 16): (4 * 2 * 31, 6 * 200 + 4 * 2 * 3 * 17),
+        ("hankel", 32, 16): (4 * 2 * 31, 6 * 200 + 2 * (4 * 3 + 3) * 17),
     }
     for (name, features, block), (parameters, macs) in expected.items():
         layer = nn.linear({"name": name, "block": block}, features, use_bias=False)
@@ -138,9 +139,14 @@ def test_a_model_is_built_of_them_and_multiplied_out(name):
         (
             "hankel",
             {"block": 4},
-            "Hankel layer layers_1: block=4 must divide both its 6 inputs and 4 outputs",
+            "Hankel layer layers_1: block=4 must be an integer that divides both its 6 inputs and 4 outputs",
         ),
-        ("toeplitz", {"block": 0}, "Toeplitz layer layers_1: block=0 must divide both its 6 inputs"),
+        (
+            "toeplitz",
+            {"block": 0},
+            "Toeplitz layer layers_1: block=0 must be an integer that divides both its 6 inputs",
+        ),
+        ("circulant", {"block": 2.0}, "Circulant layer layers_1: block=2.0 must be an integer"),
         (
             "butterfly",
             {},

@@ -135,6 +135,13 @@ def test_deployed_as_dense_sparse_layers():
     assert stored == (8 + 24) * 4 + (2 * 24 + 6 * 12) * (2 + 4 / 32) + 24 + 12 + 3 + 36
 
 
+def test_only_kernels_are_deployed():
+    method = build_method(include=("*embedding",), exclude=())
+    latent, state = method.init(KEY, {"embed": {"embedding": tree()["dense"]["kernel"]}})
+    with pytest.raises(ValueError, match="only a layer's kernel can be deployed .*, got 'embed/embedding'"):
+        method.deploy(latent, state)
+
+
 def test_the_layer_equals_its_dense_twin_and_is_made_from_one():
     layer, x = nn.DenseSparse(24, budget=0.9, pattern="2:4", block=4), weights(3, 8)
     variables = jax.jit(layer.init)(KEY, x)
@@ -189,9 +196,10 @@ def test_a_few_training_steps_follow_the_task():
 @pytest.mark.parametrize(
     "keywords, message",
     [
-        ({"pattern": "unstructured"}, "dsformer needs an N:M pattern such as 5:16, got Unstructured"),
+        ({"pattern": "unstructured"}, "dsformer needs an N:M pattern along axis -2 .*, got Unstructured"),
+        ({"pattern": NM(2, 4, axis=-1)}, "dsformer needs an N:M pattern along axis -2 .*axis=-1"),
         ({"iterations": 0}, "dsformer needs at least one alternation, got iterations=0"),
-        ({"block": 5}, "block=5 must divide the 8 rows of dense/kernel"),
+        ({"block": 5}, "block=5 must be an integer that divides the 8 rows of dense/kernel"),
         ({"budget": 0.2}, r"budget=0.2 is too small for dense/kernel of shape \(8, 24\)"),
         ({"ranks": 3}, "unknown keyword of parameterization 'dsformer' 'ranks'"),
     ],

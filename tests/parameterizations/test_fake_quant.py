@@ -57,6 +57,11 @@ def test_zeros_and_2_4_masks_survive(bits):
     np.testing.assert_array_equal(empty, 0)
 
 
+def test_channels_too_small_for_a_scale_become_zero():
+    found = quantise(jnp.array([[1e-37, 1.0], [0, 0], [5e-38, -1.0]]), 8)
+    np.testing.assert_array_equal(found, [[0, 1], [0, 0], [0, -1]])
+
+
 def test_many_bits_are_the_weights_themselves():
     params = tree()
     kernel = np.asarray(params["dense"]["kernel"])

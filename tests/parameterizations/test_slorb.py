@@ -98,3 +98,5 @@ def test_bad_input():
         build("slorb", block=5, exclude=("head/*",)).init(jax.random.key(0), params())
     with pytest.raises(ValueError, match="unknown pattern '2-4'"):
         build("slorb", pattern="2-4")
+    with pytest.raises(ValueError, match="SLoRB needs an N:M pattern such as 2:4, got 'channel'"):
+        build("slorb", pattern="channel")

@@ -202,7 +202,9 @@ def test_strength_near_eps_slows_the_decay_and_below_it_is_refused():
     for ratio, expected in [(1.5, 0.6), (1e4, 1.0)]:
         path = decayed(1e-3, 200, ratio * EPS, ramp=0.0, weight=5.0)[:, 1]
         np.testing.assert_allclose((path[100] - path[199]) / 99, expected * 1e-3, rtol=2e-3)
-    with pytest.raises(ValueError, match=r"must be above eps=1e-08, or the decay stalls, got 1e-09"):
+    with pytest.raises(
+        ValueError, match=r"must be finite and above eps=1e-08, or the decay stalls, got 1e-09"
+    ):
         sparsejax.adams(optax.sgd(0.1), learning_rate=0.1, steps=10, strength=1e-9, pattern="2:4")
 
 
@@ -253,6 +255,12 @@ def test_metrics_of_a_pruned_run_are_those_before_the_cut():
     np.testing.assert_allclose(kernel(pruned[0]), kernel(masked), rtol=1e-5)
 
 
+def test_the_state_can_be_donated_without_a_sparsified_leaf():
+    tx = sparsejax.adams(optax.sgd(0.1), learning_rate=0.1, steps=10, sparsity=0.0)
+    params = weights((8, 4))
+    jax.jit(tx.update, donate_argnums=1)(params, tx.init(params), params)
+
+
 def test_other_leaves_follow_the_inner_optimizer_alone():
     params, inner = weights(), optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.03))
     tx = sparsejax.adams(inner, learning_rate=0.01, steps=8, strength=0.1, pattern="2:4")
@@ -275,6 +283,8 @@ def test_other_leaves_follow_the_inner_optimizer_alone():
         ({"refresh_every": 0}, "refresh_every must be at least 1 step, got 0"),
         ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
         ({"b2": -0.1}, r"b2 must be in \[0, 1\), got -0.1"),
+        ({"eps": 0.0}, "eps must be positive and finite, got 0.0"),
+        ({"strength": float("nan")}, "the strength of A.* finite.*, got nan"),
     ],
 )
 @pytest.mark.parametrize("method", [sparsejax.adams, sparsejax.ast])

@@ -129,5 +129,5 @@ def test_the_decay_shrinks_pruned_weights_and_leaves_kept_ones_alone():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="the strength of AST must not be negative, got -1"):
+    with pytest.raises(ValueError, match="the strength of AST must be finite and not negative, got -1"):
         sparsejax.ast(optax.sgd(0.1), learning_rate=0.1, steps=10, strength=-1.0, pattern="2:4")

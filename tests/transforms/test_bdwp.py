@@ -148,6 +148,10 @@ def test_cost_of_the_straight_through_estimator():
     "keywords, message",
     [
         ({"variant": "sdpp", "pattern": "2:4"}, "unknown variant 'sdpp'.*known: bdwp, sdgp, sdwp"),
+        (
+            {"variant": "sdwp", "decay": 0.5, "pattern": "2:4"},
+            "decay acts on .*variant='sdwp', got decay=0.5",
+        ),
         ({"pattern": "channel", "sparsity": 0.5}, "bdwp needs N:M patterns.*got Channel"),
         ({"pattern": NM(2, 4, axis=-1)}, "bdwp needs N:M patterns along the input axis -2"),
         (

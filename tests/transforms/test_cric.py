@@ -186,6 +186,7 @@ def test_the_loss_ratio_spares_the_layer_that_it_hurts():
 @pytest.mark.parametrize(
     "kw, message",
     [
+        ({"begin": -1}, "begin must be a step that is at least 0, got -1"),
         ({"sampling_steps": 0}, "sampling_steps must be at least 1, got 0"),
         ({"hybrid_steps": 0}, "hybrid_steps must be at least 1, got 0"),
         ({"max_cycles": 0}, "max_cycles must be at least 1, got 0"),

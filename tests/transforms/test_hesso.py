@@ -145,6 +145,7 @@ def test_sliced_network_equals_masked_network():
         ),
         ({"periods": 7}, "got periods=7, begin=2, end=8"),
         ({"end": 2}, "got periods=1, begin=2, end=2"),
+        ({"begin": -1}, "begin must be a step that is at least 0, got -1"),
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\), got 1.0"),
         ({"sparsity": 0.9}, "removes 8 of 9 groups"),
         ({"criteria": ["size"]}, "unknown criterion of saliency 'size'"),

@@ -4,6 +4,7 @@ NumPy steps, planted supports; and what they share: the end, the counts, the met
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +171,17 @@ def test_a_step_of_each_method_in_adams_metric():
         np.testing.assert_allclose(p["kernel"], expected, atol=1e-5)
 
 
+def test_prox_l0_chooses_in_the_metric_of_the_step_at_the_end_too():
+    """The small weight has the larger D; gradients of alternating sign leave the weights where they are."""
+    params = {"kernel": jnp.array([[1.0, 0.9]])}
+    tx = build("prox_l0", optax.adam(1e-6), 1e-6, metric="adam", strength=0.0, k=1, end=3, pattern="channel")
+    step, state = jax.jit(tx.update), tx.init(params)
+    for index in range(5):
+        grads = {"kernel": (-1.0) ** index * jnp.array([[0.01, 1.0]])}
+        _, state = step(grads, state, params)
+        assert state.masks["kernel"].tolist() == [[False, True]]
+
+
 @pytest.mark.parametrize("name", ["wgsef", "group_lasso", "prox_l1"])
 def test_the_end_keeps_the_best_groups_and_fixes_them(name):
     a, y = least_squares()
@@ -210,6 +222,9 @@ def test_groups_of_all_leaves_compete_under_a_global_allocation():
     np.testing.assert_allclose(jnp.concatenate([x["a"]["kernel"], x["b"]["kernel"]], 1), expected, rtol=1e-5)
     _, state = jax.jit(tx.update)(zeros, state, x)
     assert not state.masks["a"]["kernel"].any() and state.masks["b"]["kernel"].all()
+    nothing = build("wgsef", strength=5.0, end=1, sparsity=0.0, pattern="channel", allocation="global")
+    updates, _ = jax.jit(nothing.update)(params, nothing.init(params), params)
+    chex.assert_trees_all_equal(updates, jax.tree.map(lambda p: -jnp.float32(0.2) * p, params))
     layers = sparsejax.prox_l0(optax.sgd(1.0), end=5, sparsity=0.5, pattern=Group([0]), allocation="global")
     _, state = jax.jit(layers.update)(zeros, layers.init(params), params)
     assert not state.masks["a"]["kernel"].any() and state.masks["b"]["kernel"].all()
@@ -282,6 +297,12 @@ KERNEL = {"dense": {"kernel": jnp.ones((4, 6))}}
             "k for all leaves together must be an integer",
         ),
         ({"k": {"other/*": 1}}, r"no rule of k matches 'dense/kernel' \(rules: other/\*\)"),
+        ({"k": {"other/*": 1, "*": 2}}, r"k rule 'other/\*' matches no sparsified parameter .*dense/kernel"),
+        ({"k": 2, "pattern": "2:4"}, "dense/kernel has pattern 2:4, which fixes its own number: leave k out"),
+        (
+            {"k": 2, "allocation": {"*": 0.5}},
+            "give either allocation or k, got allocation={'\\*': 0.5} and k=2",
+        ),
         ({"k": 2, "sparsity": 0.5}, "give either sparsity or k, got sparsity=0.5 and k=2"),
         ({"sparsity": 0.5, "allocation": "lamp"}, "a prox needs fixed numbers of groups"),
         (

@@ -212,14 +212,22 @@ def test_a_given_sparsity_keeps_the_largest_log_odds():
 
 
 def test_patterns_decide_by_the_majority_of_a_unit():
-    state = train(turbo(pattern="channel", include=("first/kernel",), threshold=0.0), make_params(), 6)[-1][1]
+    """Columns of which 6, 3, 2 and 0 weights of 6 are large; and the better one of each pair."""
+    params = make_params()
+    large = jnp.arange(6)[:, None] < jnp.array([6, 3, 2, 0])
+    params["first"]["kernel"] *= jnp.where(large, 1.0, 1e-3)
+    params["first"]["kernel_rho"] = jnp.full((6, 4), -6.0)
+    still = {"inner": optax.sgd(0.0), "include": ("first/kernel",), "threshold": 0.0}
+    state = train(turbo(pattern="channel", structure="independent", **still), params, 6)[-1][1]
     active = np.asarray(state.log_odds["first"]["kernel"]) >= 0
-    np.testing.assert_array_equal(
-        state.masks["first"]["kernel"], np.broadcast_to(active.mean(0) >= 0.5, (6, 4))
-    )
+    assert active.mean(0).tolist() == pytest.approx([1, 1 / 2, 1 / 3, 0])
+    mask = np.asarray(state.masks["first"]["kernel"])
+    assert mask.all(0).tolist() == [True, True, False, False] == mask.any(0).tolist()
     assert state.masks["second"]["kernel"].ndim == 0
-    pairs = train(turbo(pattern="1:2", include=("first/kernel",)), make_params(), 6)[-1][1]
-    assert (np.asarray(pairs.masks["first"]["kernel"]).reshape(3, 2, 4).sum(1) == 1).all()
+    state = train(turbo(pattern="1:2", **still), params, 6)[-1][1]
+    odds = np.asarray(state.log_odds["first"]["kernel"]).reshape(3, 2, 4)
+    mask = np.asarray(state.masks["first"]["kernel"]).reshape(3, 2, 4)
+    np.testing.assert_array_equal(mask, odds == odds.max(1, keepdims=True))
 
 
 def test_mistakes_are_named():
@@ -231,6 +239,10 @@ def test_mistakes_are_named():
         ValueError, match="slab and spike must be pairs of positive numbers, got .1.0, 0.0. and"
     ):
         turbo(slab=(1.0, 0.0))
+    with pytest.raises(ValueError, match="slab and spike must be pairs of positive numbers, got 1.0 and"):
+        turbo(slab=1.0)
+    with pytest.raises(ValueError, match="first/kernel_rho shares the mask of first/kernel and cannot"):
+        turbo(include=("*",)).init(make_params())
     with pytest.raises(ValueError, match="turbo_vbi needs train_size >= 1, .*got 50, 1.0 and 0"):
         turbo(end=0)
     with pytest.raises(ValueError, match="allocation='lamp' is not defined"):
