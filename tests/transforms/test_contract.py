@@ -38,7 +38,14 @@ METHOD_KEYWORDS = {
     "adams": {"learning_rate": 1e-2, "steps": 6, "strength": 1e-2, "refresh_every": 2},
     "ast": {"learning_rate": 1e-2, "steps": 6, "refresh_every": 2},
     "bdwp": {},
-    "cric": {"groups": GROUPS, "begin": 1, "sampling_steps": 2, "hybrid_steps": 3, "max_cycles": 2, "loss_weight": 0},
+    "cric": {
+        "groups": GROUPS,
+        "begin": 1,
+        "sampling_steps": 2,
+        "hybrid_steps": 3,
+        "max_cycles": 2,
+        "loss_weight": 0,
+    },
     "dense": {},
     "fixed": {},
     "gradual": {"begin": 1, "end": 6, "update_every": 2},
@@ -75,6 +82,13 @@ PATTERNS = {
     "group": (LABELS, 0.5),
 }
 SPARSE = [name for name in METHOD_KEYWORDS if name not in MASKLESS]
+# One method of each kind is in the fast part of the tests; the whole suite has all.
+FAST = {"adams", "dense", "gradual", "hesso", "rigl", "sr_ste", "ssvi", "wgsef"}
+
+
+def all_of(methods):
+    """The methods as parameters, marked slow unless they are among the fast ones."""
+    return [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in methods]
 
 
 def test_every_method_is_under_contract():
@@ -132,7 +146,7 @@ def last(run):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize("method", all_of(SPARSE))
 def test_masks_on_every_pattern(method, pattern):
     if method in NM_ONLY and pattern != "nm":
         pytest.skip("takes N:M patterns only")
@@ -190,7 +204,7 @@ def check_changes(method, masks):
         assert (sparsejax.sparsity(masks[0]) != sparsejax.sparsity(masks[-1])) == (method != "fixed")
 
 
-@pytest.mark.parametrize("method", METHOD_KEYWORDS)
+@pytest.mark.parametrize("method", all_of(METHOD_KEYWORDS))
 class TestContract:
     def test_jit_equals_no_jit(self, method):
         # not Adam: its first step moves all grown weights by the same amount, and the last bit would rank them
@@ -279,7 +293,7 @@ INNER = {
 
 
 @pytest.mark.parametrize("name", INNER)
-@pytest.mark.parametrize("method", ["rigl", "set_"])
+@pytest.mark.parametrize("method", all_of(["rigl", "set_"]))
 def test_state_outside_the_masks_is_fresh_for_any_inner_optimizer(method, name):
     """After every step, each per-weight entry of the inner state outside the step's masks is what `init` gives,
     updated by a zero gradient; so a grown weight finds the state of a new one."""
