@@ -76,9 +76,10 @@ def _load(config: dict, runs: Path, mesh, progress: bool) -> Problem:
     load_problem(config, mesh)  # a mistake in the configuration must not wait for the pretraining
 
     def train(config, workdir):
-        if progress and is_main():
+        shown = progress and not (workdir / "summary.json").exists()  # a finished run is not news
+        if shown and is_main():
             tqdm.write(f"pretraining in {workdir}")
-        run(config, workdir, mesh, progress, runs)
+        run(config, workdir, mesh, shown, runs)
 
     problem = load_problem(config, mesh, obtain(config["pretrained"], runs, mesh, train))
     check_fits(problem.converted["params"], problem.shapes["params"])

@@ -32,11 +32,15 @@ def piecewise(peak: float, steps: int, boundaries=(0.5, 0.75), factor: float = 0
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear, "piecewise": piecewise}
 
 
+# Their update evaluates the loss again, at other parameters or in its exact value.
+UNFIT = ("lbfgs", "polyak_sgd")
+
+
 def factories() -> dict[str, Callable]:
-    """Every public Optax factory that takes a `learning_rate`, by name."""
+    """Every public Optax factory that takes a `learning_rate` and only needs gradients, by name."""
     found = {}
     for name, candidate in vars(optax).items():
-        if inspect.isfunction(candidate) and not name.startswith("_"):
+        if inspect.isfunction(candidate) and not name.startswith("_") and name not in UNFIT:
             if "learning_rate" in inspect.signature(candidate).parameters:
                 found[name] = candidate
     return found
