@@ -117,7 +117,7 @@ TABLE = Table(
     "are N:M, 500 steps of Adam on 16 windows of 64 bytes; its loss is in nats per byte. Training is "
     "dense for a tenth and strictly N:M in the last quarter. Mask decay computes with all weights "
     "before that, so at equal steps it costs more training FLOPs than STE and SR-STE; the paper "
-    "compares at equal FLOPs, too. SR- STE has decay 2e-3. Geometric structure decay starts from "
+    "compares at equal FLOPs, too. SR-STE has decay 2e-3. Geometric structure decay starts from "
     "groups of 8 M, which does not fit 64 inputs at 1:16.",
     base=DIGITS,
     panels=(
