@@ -82,12 +82,12 @@ TABLE = Table(
         Panel(
             "From scratch",
             (Row("dense", "dense", 0.0, {"method": {"name": "dense"}}, quick=True), *rows(METHODS, SPARSITIES)),
-            seeds=6, overrides={"model": MODEL}, x_title="fraction of groups removed",
+            seeds=5, overrides={"model": MODEL}, x_title="fraction of groups removed",
         ),
         Panel(
             "From a trained network",
             rows(AFTER_TRAINING, PRETRAINED_SPARSITIES, TRAINED),
-            seeds=6, x_title="fraction of groups removed",
+            seeds=5, x_title="fraction of groups removed",
             overrides={"model": MODEL, "pretrained": {"steps": Share(2.0)}, "steps": 704, "optimizer.learning_rate": 0.02},
         ),
     ),
