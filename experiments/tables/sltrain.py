@@ -1,4 +1,4 @@
-"""SLTrain against full-rank and low-rank training of a byte-level language model [Han et al. 2024]; 10 minutes."""
+"""SLTrain against full-rank and low-rank training of a byte-level language model [Han et al. 2024]; about 20 minutes."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Structured Hankel networks on two dynamical systems [Aluvihare et al. 2025]; about 5 minutes."""
+"""Structured Hankel networks on two dynamical systems [Aluvihare et al. 2025]; about 3 minutes."""
 
 import ml_collections
 
