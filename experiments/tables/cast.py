@@ -124,11 +124,11 @@ HIGH = DIGITS_AT["1:16"]
 
 
 def digits_rows() -> tuple[Row, ...]:
-    """All rows of digits: everything at 1:16, the main ones at 1:8."""
+    """The main rows of digits."""
     rows = [Row("digits dense", "dense", 0.0, {}, quick=True)]
     for at in DIGITS_AT.values():
         rows += main_rows(at, STRENGTHS[-1], quick=at is HIGH)
-    return (*rows, *other_rows(HIGH, STRENGTHS))
+    return tuple(rows)
 
 
 def language_rows() -> tuple[Row, ...]:
@@ -201,6 +201,7 @@ TABLE = Table(
     base=DIGITS,
     panels=(
         Panel("Digits", digits_rows(), seeds=10),
+        Panel("Digits, 1:16: strengths and parts", tuple(other_rows(HIGH, STRENGTHS)), seeds=10),
         Panel(
             "Language model, 2:4", language_rows(), seeds=3, overrides=LANGUAGE,
             paper=(
