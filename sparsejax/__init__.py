@@ -4,6 +4,7 @@ from sparsejax import (
     allocation,
     bayes,
     flops,
+    formats,
     masks,
     nn,
     patterns,
@@ -15,6 +16,8 @@ from sparsejax import (
     structure,
     transforms,
 )
+from sparsejax.formats import matmul, unpack
+from sparsejax.formats import pack_tree as pack
 from sparsejax.masks import apply_masks, churn, densities, exploration_rate, get_masks, sad, sparsity
 from sparsejax.pruning import prune
 from sparsejax.target import Target

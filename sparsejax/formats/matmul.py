@@ -1,0 +1,76 @@
+"""`x @ w` for weights in any format."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.formats.base import is_packed, matrix_shape
+from sparsejax.formats.bitmap import BitmapArray
+from sparsejax.formats.block import BlockSparseArray
+from sparsejax.formats.csr import CSRArray
+from sparsejax.formats.nm import NMArray
+from sparsejax.formats.stand_in import block_sparse_matmul, nm_matmul
+
+
+def matmul(x, w):
+    """`x @ w`, where `w` is a dense array or one in a packed format.
+
+    Weights of more than two axes are taken as their matrix view (the last axis against all others): a
+    convolution's kernel multiplies patches. It may be differentiated with respect to `x` and to the weights; with
+    integer leaves around, `jax.grad` wants the latter alone: `lambda data: matmul(x, w.with_data(data))`.
+
+    Args:
+      x: dense `(..., K)`.
+      w: dense, or an `NMArray`, `BlockSparseArray`, `BitmapArray` or `CSRArray`, with the matrix view `(K, N)`.
+
+    Returns:
+      `(..., N)` of the dtype that `x` and `w` promote to.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+    """
+    x = jnp.asarray(x)
+    w = w if is_packed(w) else jnp.asarray(w)
+    if not x.ndim or not w.ndim or x.shape[-1] != matrix_shape(w.shape)[0]:
+        raise ValueError(
+            f"x of shape {x.shape} does not fit a weight of shape {w.shape}: the last axis of x must be the "
+            "product of all axes of the weight but its last"
+        )
+    if not is_packed(w):
+        return _dense(x, w)
+    return _PRODUCTS[type(w)](x, w)
+
+
+def _dense(x, w):
+    return x @ w.reshape(matrix_shape(w.shape))
+
+
+def _nm(x, w):
+    return nm_matmul(x, w.values, w.indices, n=w.n, m=w.m)
+
+
+def _block(x, w):
+    return block_sparse_matmul(x, w.blocks, w.indices, rows=w.matrix_shape[0])
+
+
+def _bitmap(x, w):
+    """A bitmap holds too many weights for a product one by one: looking them all up costs no more."""
+    return _dense(x, w.to_dense())
+
+
+def _csr(x, w):
+    """Weight by weight, as long as that needs no more memory than the dense weight; else by unpacking."""
+    batch = math.prod(x.shape[:-1])
+    if batch * w.data.size > w.size:
+        return _dense(x, w.to_dense())
+    dtype = jnp.result_type(x, w.data)
+    wide = jnp.promote_types(dtype, jnp.float32)  # sums are in at least float32, as in a dense product
+    k, n = w.matrix_shape
+    inputs = x.reshape(batch, k).astype(wide).T[w.row_of_entries()]
+    products = inputs * w.data.astype(wide)[:, None]
+    sums = jax.ops.segment_sum(products, w.indices, n)
+    return sums.T.astype(dtype).reshape(*x.shape[:-1], n)
+
+
+_PRODUCTS = {NMArray: _nm, BlockSparseArray: _block, BitmapArray: _bitmap, CSRArray: _csr}
