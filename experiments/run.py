@@ -8,8 +8,11 @@ with its keywords, replace the section:
 The same command resumes an interrupted run. On several devices add `--mesh=data:4,model:2`; on several processes
 also `--coordinator`, `--num_processes` and `--process_id`.
 
-Exit codes: 0 finished, or stopped by SIGTERM; 1 the loss is not finite; 2 a mistake in the arguments;
-130 Ctrl-C.
+`--mode=deploy --workdir=W` packs the network of a finished run, checks it against the dense one, and reports
+latency, memory and FLOPs of both; `--format` names a packed format instead of the one that is picked.
+
+Exit codes: 0 finished, or stopped by SIGTERM; 1 the loss is not finite, or packed and dense outputs differ;
+2 a mistake in the arguments; 130 Ctrl-C.
 """
 
 import sys
@@ -20,11 +23,16 @@ from ml_collections import config_flags
 
 from sparsejax import training
 from sparsejax.allocator import keep_freed_memory
+from sparsejax.training.deploy import deploy
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The configuration file, for example configs/quickstart.py."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run; the same folder resumes it.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "deploy"], "Train, or pack and measure a finished run.")
+_FORMAT = flags.DEFINE_string(
+    "format", None, "With --mode=deploy: nm, 2:4, block, block:32x32, bitmap, csr or dense."
+)
 _MESH = flags.DEFINE_string("mesh", None, "Devices, for example data:4,model:2; one device if not given.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar and the summary.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.")
@@ -40,6 +48,9 @@ def main(arguments):
     logging.get_absl_logger().addFilter(lambda record: "Waiting for previous save" not in record.getMessage())
     keep_freed_memory()
     try:
+        if _MODE.value == "deploy":
+            deploy(_WORKDIR.value, _FORMAT.value, progress=_PROGRESS.value)
+            return
         if _PROCESSES.value > 1 and not _COORDINATOR.value:
             raise ValueError(f"--num_processes={_PROCESSES.value} needs --coordinator=HOST:PORT")
         if not 0 <= _PROCESS.value < _PROCESSES.value:
@@ -50,7 +61,7 @@ def main(arguments):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -70,5 +81,10 @@ def parse(arguments):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("workdir")
+    flags.register_multi_flags_validator(
+        ["mode", "config"],
+        lambda given: given["mode"] == "deploy" or given["config"] is not None,
+        "--config must name a configuration file, for example configs/quickstart.py",
+    )
     app.run(main, flags_parser=parse)

@@ -274,29 +274,6 @@ def bytes_dense(params) -> int:
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(params))
 
 
-def bytes_packed(params, masks) -> int:
-    """Bytes of the parameters when every sparsified leaf takes the smallest of three formats.
-
-    With N entries of b bytes of which k are kept, and the leaf seen as a matrix of R rows by C columns (C is
-    its last axis):
-
-      dense    N b
-      bitmap   k b + ceil(N / 8)
-      CSR      k b + k i + 4 (R + 1), with column indices of i = 2 bytes if C <= 65536, else 4
-    """
-    return sum(jax.tree.leaves(jax.tree.map(_packed_bytes, params, masks)))
-
-
-def _packed_bytes(leaf, mask) -> int:
-    if not is_sparsified(mask):
-        return _bytes(leaf)
-    kept, columns = _kept(leaf, mask), leaf.shape[-1]
-    values = kept * np.dtype(leaf.dtype).itemsize
-    bitmap = values + math.ceil(leaf.size / 8)
-    csr = values + kept * (2 if columns <= 2**16 else 4) + 4 * (leaf.size // columns + 1)
-    return min(_bytes(leaf), bitmap, csr)
-
-
 def _bytes(leaf) -> int:
     return leaf.size * np.dtype(leaf.dtype).itemsize
 

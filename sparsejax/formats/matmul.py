@@ -1,16 +1,13 @@
 """`x @ w` for weights in any format."""
 
-import math
-
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels import block_sparse_matmul, csr_matmul, nm_matmul
 from sparsejax.formats.base import is_packed, matrix_shape
 from sparsejax.formats.bitmap import BitmapArray
 from sparsejax.formats.block import BlockSparseArray
 from sparsejax.formats.csr import CSRArray
 from sparsejax.formats.nm import NMArray
-from sparsejax.formats.stand_in import block_sparse_matmul, nm_matmul
 
 
 def matmul(x, w):
@@ -60,17 +57,7 @@ def _bitmap(x, w):
 
 
 def _csr(x, w):
-    """Weight by weight, as long as that needs no more memory than the dense weight; else by unpacking."""
-    batch = math.prod(x.shape[:-1])
-    if batch * w.data.size > w.size:
-        return _dense(x, w.to_dense())
-    dtype = jnp.result_type(x, w.data)
-    wide = jnp.promote_types(dtype, jnp.float32)  # sums are in at least float32, as in a dense product
-    k, n = w.matrix_shape
-    inputs = x.reshape(batch, k).astype(wide).T[w.row_of_entries()]
-    products = inputs * w.data.astype(wide)[:, None]
-    sums = jax.ops.segment_sum(products, w.indices, n)
-    return sums.T.astype(dtype).reshape(*x.shape[:-1], n)
+    return csr_matmul(x, w.data, w.columns, w.indptr, columns=w.matrix_shape[1])
 
 
 _PRODUCTS = {NMArray: _nm, BlockSparseArray: _block, BitmapArray: _bitmap, CSRArray: _csr}

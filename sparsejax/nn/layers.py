@@ -5,22 +5,32 @@
 of the parameters outside the model. Without the collection the layers are flax's, bit for bit; `init` never
 creates it. `Dense` and `Conv` also read `backward_masks`, see `sparsejax.nn.bidirectional`.
 
+Parameters may also be packed (`sparsejax.pack`), see `sparsejax.nn.packed`.
+
 Any other linen layer gains the same by `class Layer(MaskedParams, TheirLayer)`.
 """
 
+import jax
 from flax import linen
 from flax.core import meta
 
 from sparsejax.masks import is_sparsified, mask_weight
 from sparsejax.nn.bidirectional import Bidirectional
+from sparsejax.nn.packed import PackedKernel, packed_param, unpack_param
 
 
 class MaskedParams(linen.Module):
     """Mixin: parameters declared by `self.param` are masked by their namesakes in the `masks` collection."""
 
     def param(self, name, init_fn, *init_args, **init_kwargs):
-        """As `flax.linen.Module.param`, then `mask_weight` if the `masks` collection was passed."""
-        value = super().param(name, init_fn, *init_args, **init_kwargs)
+        """As `flax.linen.Module.param`, unpacked, then `mask_weight` if the `masks` collection was passed."""
+        packed = packed_param(self, name)
+        if packed is None:
+            value = super().param(name, init_fn, *init_args, **init_kwargs)
+        else:
+            value = unpack_param(
+                self, name, packed, lambda: init_fn(jax.random.key(0), *init_args, **init_kwargs)
+            )
         if is_sparsified(self.get_variable("backward_masks", name, True)):
             path = "/".join((*self.path, name))
             raise ValueError(
@@ -31,16 +41,16 @@ class MaskedParams(linen.Module):
         return mask_weight(value, meta.unbox(self.get_variable("masks", name)))
 
 
-class Dense(Bidirectional, MaskedParams, linen.Dense):
-    """`flax.linen.Dense` that reads `masks` and `backward_masks`."""
+class Dense(PackedKernel, Bidirectional, MaskedParams, linen.Dense):
+    """`flax.linen.Dense` that reads `masks` and `backward_masks`, and multiplies by packed kernels."""
 
 
 class DenseGeneral(MaskedParams, linen.DenseGeneral):
     """`flax.linen.DenseGeneral` that reads `masks`."""
 
 
-class Conv(Bidirectional, MaskedParams, linen.Conv):
-    """`flax.linen.Conv` that reads `masks` and `backward_masks`."""
+class Conv(PackedKernel, Bidirectional, MaskedParams, linen.Conv):
+    """`flax.linen.Conv` that reads `masks` and `backward_masks`, and packed kernels."""
 
 
 class ConvTranspose(MaskedParams, linen.ConvTranspose):

@@ -61,7 +61,7 @@ def run(config, workdir, mesh=None, progress: bool = True, runs=None) -> dict[st
     summary = read_summary(workdir)
     if summary is None:
         begun = time.perf_counter()
-        problem = _load(config, Path(runs) if runs else workdir / "pretrained", mesh, progress)
+        problem = load(config, Path(runs) if runs else workdir / "pretrained", mesh, progress)
         with StopRequest() as stop:
             summary = _Trainer(problem, workdir, stop, progress, begun).run()
     if progress and is_main():
@@ -69,7 +69,7 @@ def run(config, workdir, mesh=None, progress: bool = True, runs=None) -> dict[st
     return summary
 
 
-def _load(config: dict, runs: Path, mesh, progress: bool) -> Problem:
+def load(config: dict, runs: Path, mesh, progress: bool) -> Problem:
     """The problem, with the network it starts from if `config.pretrained` names one."""
     if "pretrained" not in config:
         return load_problem(config, mesh)

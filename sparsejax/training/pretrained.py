@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sparsejax.masks import flatten
 from sparsejax.training.checkpoint import Checkpoints
 from sparsejax.training.config import config_hash
-from sparsejax.training.problem import load_problem
+from sparsejax.training.problem import Problem, load_problem
 from sparsejax.training.session import Session, to_device
 
 
@@ -45,17 +45,25 @@ def obtain(config: Mapping, runs: Path, mesh: Mesh | None, train: Callable) -> P
     nested = None
     if "pretrained" in config:
         nested = obtain(config["pretrained"], runs, mesh, train)
-    session = Session(load_problem(config, mesh, nested))
-    checkpoints = Checkpoints(folder / "checkpoints", config["keep_checkpoints"])
+    return restore(load_problem(config, mesh, nested), folder)
+
+
+def restore(problem: Problem, folder: Path) -> Pretrained:
+    """The network that a run left in its folder.
+
+    Raises:
+      ValueError: if the folder has no checkpoint.
+    """
+    session = Session(problem)
+    checkpoints = Checkpoints(folder / "checkpoints", problem.config["keep_checkpoints"])
     try:
         found = checkpoints.restore(session.template)
     finally:
         checkpoints.close()
     if found is None:
-        raise ValueError(f"the pretrained run in {str(folder)!r} has no checkpoint; remove that folder")
-    state = found[0].state
-    variables, masks = session.plain(state)
-    return Pretrained(session.problem.network, to_device(variables), to_device(masks))
+        raise ValueError(f"the run in {str(folder)!r} has no checkpoint; remove that folder and train again")
+    variables, masks = session.plain(found[0].state)
+    return Pretrained(problem.network, to_device(variables), to_device(masks))
 
 
 def check_fits(pretrained: Mapping, params: Mapping) -> None:

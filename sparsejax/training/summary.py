@@ -53,12 +53,12 @@ def training_flops(
         update_every = inspect.signature(METHODS[name]).parameters["update_every"].default
     extra = {} if update_every is None else {"update_every": update_every}
     if backward_density is not None:
-        extra["backward"] = flops.inference_flops(macs, _plain_names(backward_density))
-    dense, sparse = flops.inference_flops(macs), flops.inference_flops(macs, _plain_names(mean_density))
+        extra["backward"] = flops.inference_flops(macs, plain_names(backward_density))
+    dense, sparse = flops.inference_flops(macs), flops.inference_flops(macs, plain_names(mean_density))
     return flops.training_flops_ratio(name, dense, sparse, **extra)
 
 
-def _plain_names(densities: Mapping) -> dict[str, float]:
+def plain_names(densities: Mapping) -> dict[str, float]:
     """Densities by the path of the model's own parameter, which latent parameters keep under `params`."""
     return {name.removeprefix("params/"): value for name, value in densities.items()}
 
@@ -84,7 +84,7 @@ def summarise(session: Session, carry, book) -> dict[str, Any]:
         "seconds": round(book.seconds, 2),
         # For several phases: all of them, against one dense training of config.steps.
         "train_flops_ratio": round(cost / problem.config["steps"], 6),  # densities are float32 sums
-        "inference_flops_ratio": flops.inference_flops(macs, _plain_names(densities(host_masks)))
+        "inference_flops_ratio": flops.inference_flops(macs, plain_names(densities(host_masks)))
         / flops.inference_flops(macs),
         "params": total,
         "nonzeros": nonzeros,

@@ -92,7 +92,7 @@ def test_unstructured_leaves_take_the_smallest_format(shape, dtype):
         if isinstance(packed["kernel"], (NMArray, BlockSparseArray)):
             continue  # by chance: one column of 300 is an N:M mask if it has the right count
         sizes = [w.nbytes, *(formats.pack(w, mask, format).nbytes for format in ("bitmap", "csr"))]
-        assert report.packed_bytes == min(sizes) == flops.bytes_packed({"kernel": w}, {"kernel": mask})
+        assert report.packed_bytes == min(sizes)
 
 
 def test_predicted_bytes_are_reached():
