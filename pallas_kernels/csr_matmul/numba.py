@@ -14,6 +14,7 @@ import numpy as np
 
 TILE = 64  # of the batch: four AVX-512 registers of float32
 PANEL = 2**17  # entries of results that one core adds up in its cache
+LINE = 16  # entries of a cache line
 # Sums may be reordered and fused, but infinities and NaN are respected.
 FAST = {"contract", "reassoc"}
 
@@ -118,9 +119,10 @@ def _product(x, data, indices, starts, batch, columns, width):
                 into = sums[indices[p] - left]
                 for b in range(tile):
                     into[b] += weight * inputs[b]
-        for b in range(c * tile, min(c * tile + tile, batch)):
-            for j in range(left, right):
-                y[b, j] = sums[j - left, b - c * tile]
+        for first in range(left, right, LINE):  # whole cache lines of both
+            for b in range(c * tile, min(c * tile + tile, batch)):
+                for j in range(first, min(first + LINE, right)):
+                    y[b, j] = sums[j - left, b - c * tile]
     return y
 
 

@@ -17,7 +17,7 @@ from kernel_checks import assert_close
 
 import pallas_kernels
 from pallas_kernels.csr_matmul import numba as kernels
-from pallas_kernels.csr_matmul import reasons
+from pallas_kernels.csr_matmul import reasons, xla
 
 IMPLEMENTATIONS = ["numba", "xla", "reference"]
 
@@ -58,6 +58,17 @@ def test_columns_in_several_panels(panel, monkeypatch):
     csr, x = make(40, 90), inputs(9, 40)
     y = pallas_kernels.csr_matmul(x, *parts(csr), columns=90, implementation="numba")
     assert_close(y, np.asarray(x) @ csr.toarray(), "float32")
+
+
+@pytest.mark.parametrize(("batch", "dense"), [(1, False), (64, True)])
+def test_xla_multiplies_densely_where_that_needs_less_memory(batch, dense):
+    csr = make(40, 30)
+    text = (
+        jax.jit(lambda x, *weights: xla.matmul(x, *weights, 30))
+        .lower(inputs(batch, 40), *parts(csr))
+        .as_text()
+    )
+    assert ("dot_general" in text) == (batch * csr.nnz > 40 * 30) == dense
 
 
 @settings(deadline=None, max_examples=25)
