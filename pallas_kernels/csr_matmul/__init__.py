@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 
 OP = "csr_matmul"
+SMALL = 2**17  # fewer products than this take less time than a call from XLA to numba
 
 
 def csr_matmul(x, data, indices, indptr, *, columns: int, implementation: str | None = None):
@@ -40,15 +41,16 @@ def csr_matmul(x, data, indices, indptr, *, columns: int, implementation: str | 
     rows = indptr.shape[0] - 1
     dtype = jnp.result_type(x, data)
     wide = jnp.promote_types(dtype, jnp.float32)
-    name = dispatch.pick(OP, implementation, reasons())
     flat = x.reshape(-1, rows).astype(wide)
+    name = dispatch.pick(OP, implementation, reasons(flat.shape[0] * data.shape[0]))
     y = product(flat, data.astype(wide), indices, indptr, columns, name)
     return y.astype(dtype).reshape(*x.shape[:-1], columns)
 
 
-def reasons():
-    """{implementation: why it cannot run here, or None}, best first."""
-    return {"numba": _numba_reason(), "xla": None, "reference": None}
+def reasons(products: int):
+    """{implementation: why it cannot run here, or None}, best first for so many products of two numbers."""
+    numba, xla = {"numba": _numba_reason()}, {"xla": None}
+    return (xla | numba if products < SMALL else numba | xla) | {"reference": None}
 
 
 def _numba_reason():

@@ -14,6 +14,7 @@ import numpy as np
 
 TILE = 64  # of the batch: four AVX-512 registers of float32
 PANEL = 2**17  # entries of results that one core adds up in its cache
+GRAIN = 2**18  # products that are worth a thread
 LINE = 16  # entries of a cache line
 # Sums may be reordered and fused, but infinities and NaN are respected.
 FAST = {"contract", "reassoc"}
@@ -41,6 +42,8 @@ def _call(function, out, *args):
 
     def host(*args):
         args = [np.ascontiguousarray(arg) for arg in args]
+        work = args[0].shape[0] * args[-2].size  # products: rows of the batch times stored weights
+        numba.set_num_threads(max(1, min(work // GRAIN, numba.config.NUMBA_NUM_THREADS)))
         return function(*args).astype(out.dtype, copy=False)
 
     return jax.pure_callback(host, out, *args, vmap_method="sequential")

@@ -187,13 +187,15 @@ def test_infinities_and_nan_stay(implementation):
 
 
 def test_without_numba_xla_stands_in(monkeypatch):
-    assert reasons()["numba"] is None
+    assert reasons(1)["numba"] is None
+    assert list(reasons(2**20)) == ["numba", "xla", "reference"] and next(iter(reasons(100))) == "xla"
 
     def refuse(name, *args, **kwargs):
         if name == "numba":
             raise ImportError("No module named 'numba'")
         return real(name, *args, **kwargs)
 
+    monkeypatch.setattr(sys.modules["pallas_kernels.csr_matmul"], "SMALL", 0)
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", refuse)
     csr, x = make(5, 7), inputs(2, 5)
@@ -218,7 +220,7 @@ def test_without_numba_xla_stands_in(monkeypatch):
         ({"columns": 0}, "columns must be at least 1, got 0"),
         (
             {"implementation": "cuda"},
-            r"csr_matmul has no implementation 'cuda' \(known: numba, xla, reference\)",
+            r"csr_matmul has no implementation 'cuda' \(known: xla, numba, reference\)",
         ),
     ],
 )
