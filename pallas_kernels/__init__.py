@@ -1,2 +1,11 @@
-"""Kernels for sparse operations, one folder each; they import only JAX. There is none yet: today masks
-simulate sparsity."""
+"""Kernels for sparse operations, one folder each; they import only JAX.
+
+In a folder: `reference` (plain jnp, the oracle), `xla` (fast everywhere), `pallas_gpu` (Mosaic GPU), `pallas_tpu` and
+`bench`. The public operation picks one of them, see `dispatch`, or runs the one that `implementation` names.
+"""
+
+from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+from pallas_kernels.nm_matmul import nm_matmul
+from pallas_kernels.sampled_matmul import block_sampled_matmul, sampled_matmul
+
+__all__ = ["block_sampled_matmul", "block_sparse_matmul", "nm_matmul", "sampled_matmul"]
