@@ -35,6 +35,7 @@ def block_sparse_matmul(x, blocks, indices, *, rows: int, implementation: str | 
     Raises:
       ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
     """
+    x, blocks, indices = (jnp.asarray(array) for array in (x, blocks, indices))
     check_blocks(blocks, indices, rows)
     if x.ndim < 1 or x.shape[-1] != rows:
         raise ValueError(f"x must end with the weight's {rows} rows, but its shape is {x.shape}")

@@ -31,7 +31,7 @@ def reason(batch: int, shape, dtype, transposed: bool):
     return (
         hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16, jnp.float32)
         or hopper.multiple_reason(f"the {names[0]}", inner, hopper.k_multiple(dtype))
-        or hopper.multiple_reason(f"the {names[1]}", outer, 8)
+        or hopper.multiple_reason(f"the {names[1]}", outer, hopper.k_multiple(dtype))
         or (None if batch else "there are no rows to multiply")
     )
 

@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.block_sparse_matmul.schedule import schedule
 
 # Elements of an operand per chunk. Small enough for the products to be in cache when they are added up.
-CHUNK = 2**19
+CHUNK = 2**17
 # XLA's scatter goes element by element on CPUs; slices are added at memory speed, but a slice has a fixed cost.
 WIDE = 64
 
@@ -40,7 +40,9 @@ def pad(array, chunk: int, value):
 
 def gather_blocks(x, source, size: int):
     """`(M, blocks size)` to the blocks `(C, M, size)` at `source`."""
-    return jnp.take(x.reshape(x.shape[0], -1, size), source, axis=1, mode="clip").swapaxes(0, 1)
+    return jnp.take(x.reshape(x.shape[0], x.shape[1] // size, size), source, axis=1, mode="clip").swapaxes(
+        0, 1
+    )
 
 
 def _products(x, blocks, plan, targets: int, equation: str):
@@ -63,7 +65,7 @@ def _products(x, blocks, plan, targets: int, equation: str):
 
     y = jnp.zeros((batch, targets * outer) if wide else (targets, batch, outer), jnp.float32)
     y = lax.fori_loop(0, (total + chunk - 1) // chunk, one_chunk, y)
-    return (y if wide else y.swapaxes(0, 1).reshape(batch, -1)).astype(x.dtype)
+    return (y if wide else y.swapaxes(0, 1).reshape(batch, targets * outer)).astype(x.dtype)
 
 
 def _add_slices(y, product, target, count):

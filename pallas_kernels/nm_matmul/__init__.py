@@ -29,6 +29,7 @@ def nm_matmul(x, values, indices, *, n: int, m: int, implementation: str | None 
       ValueError: one sentence, if the pattern is none, the shapes do not fit together or the named implementation
         cannot run here.
     """
+    x, values, indices = (jnp.asarray(array) for array in (x, values, indices))
     _check(x, values, indices, n, m)
     dtype = jnp.result_type(x, values)
     flat, values = x.reshape(-1, x.shape[-1]).astype(dtype), values.astype(dtype)

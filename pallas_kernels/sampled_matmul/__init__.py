@@ -32,6 +32,7 @@ def sampled_matmul(a, b, rows, cols, *, implementation: str | None = None):
     Raises:
       ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
     """
+    a, b, rows, cols = (jnp.asarray(array) for array in (a, b, rows, cols))
     _check_factors(a, b)
     if rows.ndim != 1 or rows.shape != cols.shape:
         raise ValueError(
@@ -60,6 +61,7 @@ def block_sampled_matmul(a, b, indices, block: tuple[int, int], *, implementatio
     Raises:
       ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
     """
+    a, b, indices = (jnp.asarray(array) for array in (a, b, indices))
     _check_factors(a, b)
     block = tuple(block)
     if len(block) != 2 or min(block) < 1 or a.shape[0] % block[0] or b.shape[1] % block[1]:

@@ -34,7 +34,7 @@ def block_reason(block, dtype):
     return (
         hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16, jnp.float32)
         or hopper.multiple_reason("the block rows", block[0], 64)
-        or hopper.multiple_reason("the block width", block[1], 8)
+        or hopper.multiple_reason("the block width", block[1], hopper.k_multiple(dtype))
     )
 
 
