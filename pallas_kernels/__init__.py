@@ -5,7 +5,8 @@ In a folder: `reference` (plain jnp, the oracle), `xla` (fast everywhere), `pall
 """
 
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+from pallas_kernels.csr_matmul import csr_matmul
 from pallas_kernels.nm_matmul import nm_matmul
 from pallas_kernels.sampled_matmul import block_sampled_matmul, sampled_matmul
 
-__all__ = ["block_sampled_matmul", "block_sparse_matmul", "nm_matmul", "sampled_matmul"]
+__all__ = ["block_sampled_matmul", "block_sparse_matmul", "csr_matmul", "nm_matmul", "sampled_matmul"]

@@ -60,7 +60,10 @@ def _reasons(x, values, n, m):
     gpu = generation or dispatch.module(OP, "pallas_gpu").reason(*shapes)
     triton = dispatch.gpu_reason(8, 9, 10, 12) or dispatch.module(OP, "triton").reason(*shapes)
     tpu = dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").reason(*shapes)
-    return {"pallas_gpu": gpu, "triton": triton, "pallas_tpu": tpu, "xla": None, "reference": None}
+    kernels = {"pallas_gpu": gpu, "triton": triton, "pallas_tpu": tpu}
+    plain = {"xla": None, "reference": None}
+    # Blackwell's kernel has not been run by anybody, and must be named.
+    return plain | kernels if dispatch.gpu_reason(10) is None else kernels | plain
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
