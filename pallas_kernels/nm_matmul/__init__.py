@@ -63,7 +63,8 @@ def _reasons(x, values, n, m):
     kernels = {"pallas_gpu": gpu, "triton": triton, "pallas_tpu": tpu}
     plain = {"xla": None, "reference": None}
     # Blackwell's kernel has not been run by anybody, and must be named.
-    return plain | kernels if dispatch.gpu_reason(10) is None else kernels | plain
+    unseen = gpu is None and dispatch.module(OP, "pallas_gpu").is_blackwell()
+    return plain | kernels if unseen else kernels | plain
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

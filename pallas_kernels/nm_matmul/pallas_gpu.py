@@ -35,7 +35,7 @@ BLOCKS = 264  # thread blocks that fill a device of 132 multiprocessors
 
 def reason(x_shape, values_shape, dtype, n: int, m: int):
     """Why weights of these shapes, dtype and pattern cannot run, or None."""
-    if _is_blackwell():
+    if is_blackwell():
         return blackwell.reason(x_shape, values_shape, dtype, n, m)
     whole = period(n, m)
     if whole.rows > 16:
@@ -49,7 +49,7 @@ def reason(x_shape, values_shape, dtype, n: int, m: int):
 
 def matmul(x, values, indices, n: int, m: int):
     """`x @ W`: `(M, K)` to `(M, N)`."""
-    if _is_blackwell():
+    if is_blackwell():
         return blackwell.matmul(x, values, indices, n, m)
     batch, inner = x.shape
     whole = period(n, m)
@@ -69,7 +69,8 @@ def matmul(x, values, indices, n: int, m: int):
     return _products(x, values, indices, n, m, rows, parts=1, exchanged=False)[0, :batch]
 
 
-def _is_blackwell():
+def is_blackwell() -> bool:
+    """Whether the default device is of that generation; without a device kernels are for Hopper."""
     found = getattr(jax.local_devices()[0], "compute_capability", "9.0")
     return found.split(".")[0] == "10"
 

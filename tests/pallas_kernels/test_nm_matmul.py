@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +224,18 @@ def test_blackwells_sparse_tensor_cores_lower(batch, monkeypatch):
     monkeypatch.setattr(utils if hasattr(utils, "_infer_arch") else core, "_infer_arch", lambda: (10, 0))
     shapes = ((batch, 256), jnp.bfloat16), ((128, 256), jnp.bfloat16), ((32, 256), jnp.uint8)
     assert_lowers("pallas_gpu", lambda *args: blackwell.matmul(*args, 2, 4), *shapes)
+
+
+def test_blackwells_kernel_must_be_named(monkeypatch):
+    package = sys.modules["pallas_kernels.nm_matmul"]
+    monkeypatch.setattr(dispatch, "gpu_reason", lambda *generations: None)
+    monkeypatch.setattr(
+        dispatch, "module", lambda *_: types.SimpleNamespace(reason=lambda *_: None, is_blackwell=here.pop)
+    )
+    arrays = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16), jax.ShapeDtypeStruct((32, 128), jnp.bfloat16)
+    for is_blackwell, first in ((True, "xla"), (False, "pallas_gpu")):
+        here = [is_blackwell]
+        assert dispatch.pick("nm_matmul", None, package._reasons(*arrays, 2, 4)) == first
 
 
 def test_blackwells_sparse_tensor_cores_interpreted():
