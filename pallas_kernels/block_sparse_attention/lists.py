@@ -1,0 +1,54 @@
+"""Block masks as lists of selected key blocks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class BlockLists(NamedTuple):
+    """What each row of a block mask selects.
+
+    Attributes:
+      indices: (..., rows, limit) int32, the selected columns in ascending order, then -1.
+      counts: (..., rows) int32, how many columns the row selects. Larger than the limit where they did not fit.
+    """
+
+    indices: jax.Array
+    counts: jax.Array
+
+
+def block_lists(block_mask, limit: int | None = None) -> BlockLists:
+    """Lists of the selected columns of every row of a block mask.
+
+    Args:
+      block_mask: (..., rows, columns) bool.
+      limit: room in each list; None is enough for any mask.
+
+    Raises:
+      ValueError: outside `jax.jit`, if a row selects more than `limit` columns. Inside, its count says so and its
+        list ends early.
+    """
+    columns = block_mask.shape[-1]
+    limit = columns if limit is None else limit
+    flat = block_mask.reshape(-1, columns)
+    counts = flat.sum(-1, dtype=jnp.int32)
+    if not isinstance(counts, jax.core.Tracer) and counts.size and counts.max() > limit:
+        raise ValueError(f"block_mask selects {counts.max()} blocks in one row, more than limit={limit}")
+    indices = jax.vmap(lambda row: jnp.flatnonzero(row, size=limit, fill_value=-1))(flat)
+    rows = block_mask.shape[:-1]
+    return BlockLists(indices.astype(jnp.int32).reshape(*rows, limit), counts.reshape(rows))
+
+
+def reachable(rows: int, columns: int, block_q: int, block_k: int):
+    """(rows, columns) bool: the blocks in which some query sees some key under a causal mask."""
+    last_query = (jnp.arange(rows) + 1) * block_q - 1
+    return last_query[:, None] >= jnp.arange(columns) * block_k
+
+
+def unmasked(rows: int, columns: int, block_q: int, block_k: int, keys: int, causal: bool):
+    """(rows, columns) bool: the blocks in which every query sees every key, so that no mask is needed."""
+    full = (jnp.arange(columns) + 1) * block_k <= keys
+    if causal:
+        full &= jnp.arange(rows)[:, None] * block_q >= (jnp.arange(columns) + 1) * block_k - 1
+    return jnp.broadcast_to(full, (rows, columns))
