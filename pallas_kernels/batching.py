@@ -12,7 +12,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 
-def independent(function, rule: str, axes: str):
+def independent(function, rule: str, axes: str, merge=None):
     """`function`, mapped and sharded along its independent axes without a look inside.
 
     Args:
@@ -20,7 +20,10 @@ def independent(function, rule: str, axes: str):
         an axis mapped by `jax.vmap` is merged into it.
       rule: the axes of arguments and results, one letter each, as in "btgd bsgd -> btgd bgt".
       axes: the letters of the independent axes. On a mesh these stay sharded, the others are gathered first.
+      merge: how a mapped axis, first of those arguments that have it, is merged into the first axis of all:
+        (its size, which arguments have it, arguments) -> arguments. None merges it into every argument's first.
     """
+    merge = merge or _merge
     arguments, results = (side.split() for side in rule.split("->"))
     letters = dict.fromkeys("".join(arguments + results))
     sharded = custom_partitioning(lambda *args: function(*args))
@@ -38,13 +41,15 @@ def independent(function, rule: str, axes: str):
 
     @mapped.def_vmap
     def _(size, is_mapped, *args):
-        args = [
-            x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in zip(args, is_mapped, strict=True)
-        ]
-        outs = mapped(*(x.reshape(-1, *x.shape[2:]) for x in args))
+        outs = mapped(*merge(size, is_mapped, args))
         return tuple(out.reshape(size, -1, *out.shape[1:]) for out in outs), (True,) * len(outs)
 
     return mapped
+
+
+def _merge(size, is_mapped, args):
+    args = [x if m else jnp.broadcast_to(x, (size, *x.shape)) for x, m in zip(args, is_mapped, strict=True)]
+    return [x.reshape(-1, *x.shape[2:]) for x in args]
 
 
 def _spaced(terms):

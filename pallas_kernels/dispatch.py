@@ -1,5 +1,6 @@
 IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton")
 
+
 def pick(op, implementation, reasons):
     """The implementation to run: the named one, or the first of the device's that can.
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from pallas_kernels.batching import independent
 from pallas_kernels.block_sparse_attention import pallas_gpu, pallas_tpu, reference, xla
-from pallas_kernels.block_sparse_attention.lists import BlockLists, block_lists
 from pallas_kernels.dispatch import pick
+from pallas_kernels.lists import BlockLists, block_lists
 
 __all__ = ["BlockLists", "block_lists", "block_sparse_attention"]
 
@@ -71,6 +71,7 @@ def block_sparse_attention(
     Raises:
       ValueError: if shapes or dtypes do not fit, or the implementation cannot run here.
     """
+    q, k, v, block_mask = (jnp.asarray(x) for x in (q, k, v, block_mask))
     _check(q, k, v, block_mask, block_q, block_k, soft_cap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     config = Config(block_q, block_k, bool(causal), scale, None if soft_cap is None else float(soft_cap))
@@ -134,13 +135,20 @@ def _reasons(q, config):
 
 
 def _check(q, k, v, block_mask, block_q, block_k, soft_cap):
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+    if (
+        q.ndim != 4
+        or k.ndim != 4
+        or k.shape != v.shape
+        or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
+    ):
         raise ValueError(
             f"q, k and v have shapes {q.shape}, {k.shape} and {v.shape}; they must be (B, Tq, H, D) and twice "
             "(B, Tk, Hkv, D)"
         )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads, which is no multiple of the {k.shape[2]} heads of k and v")
+        raise ValueError(
+            f"q has {q.shape[2]} heads, which is no multiple of the {k.shape[2]} heads of k and v"
+        )
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"q and k have shapes {q.shape} and {k.shape}; no axis may be empty")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

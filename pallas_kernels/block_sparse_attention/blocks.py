@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention.lists import block_lists, reachable
+from pallas_kernels.block_sparse_attention.masks import reachable
+from pallas_kernels.lists import block_lists
 
 
 class Problem:

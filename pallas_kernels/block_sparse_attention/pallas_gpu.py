@@ -17,24 +17,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import flash_gpu
 from pallas_kernels.block_sparse_attention.pallas_gpu_backward import backward
 from pallas_kernels.block_sparse_attention.tiles import Tiles
-from pallas_kernels.hopper import LOG2E, MASKED, ROWS, divide, per_row
+from pallas_kernels.flash_gpu import LOG2E, MASKED, ROWS, divide, per_row
 
 __all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def unavailable(q, config):
     """Why this cannot run here, or None."""
-    return hopper.unavailable() or unsupported(q, config)
+    return flash_gpu.unavailable() or unsupported(q, config)
 
 
 def unsupported(q, config):
     """Why the kernels do not take these arguments on any GPU, or None."""
     if config.block_q % ROWS or config.block_k % ROWS:
         return f"it needs blocks that are multiples of {ROWS}, not {config.block_q} x {config.block_k}"
-    return hopper.unsupported(q.dtype, q.shape[-1])
+    return flash_gpu.unsupported(q.dtype, q.shape[-1])
 
 
 def forward(q, k, v, block_mask, config, interpret=None):
@@ -51,9 +51,9 @@ def forward(q, k, v, block_mask, config, interpret=None):
             jax.ShapeDtypeStruct((t.batch, t.heads, length), jnp.float32),
         ),
         scratch_types=dict(
-            q_smem=hopper.tile((groups, ROWS, t.channels), q.dtype),
-            k_smem=hopper.tile((stages, width, t.channels), q.dtype),
-            v_smem=hopper.tile((stages, width, t.channels), q.dtype),
+            q_smem=flash_gpu.tile((groups, ROWS, t.channels), q.dtype),
+            k_smem=flash_gpu.tile((stages, width, t.channels), q.dtype),
+            v_smem=flash_gpu.tile((stages, width, t.channels), q.dtype),
             lse_smem=plgpu.SMEM((groups, ROWS), jnp.float32),
             q_ready=plgpu.Barrier(num_barriers=groups),
             k_ready=plgpu.Barrier(num_barriers=stages),
@@ -94,7 +94,7 @@ def _forward_kernel(
             (s["k_ready"], s["k_free"], [(k_ref, where, s["k_smem"])]),
             (s["v_ready"], s["v_free"], [(v_ref, where, s["v_smem"])]),
         ]
-        hopper.keep_filled(rings, steps, stages)
+        flash_gpu.keep_filled(rings, steps, stages)
 
     @pl.when(wg < groups)
     def _():
@@ -104,9 +104,9 @@ def _forward_kernel(
         q_smem, lse_smem = s["q_smem"].at[wg], s["lse_smem"].at[wg]
         plgpu.copy_gmem_to_smem(q_ref.at[queries], q_smem, s["q_ready"].at[wg])
         plgpu.barrier_wait(s["q_ready"].at[wg])
-        turns = hopper.Turns(s["turn"], wg, groups)
+        turns = flash_gpu.Turns(s["turn"], wg, groups)
         step = functools.partial(_forward_step, t, stages, q_smem, s, turns, first_query, first_key)
-        state = hopper.column(MASKED), hopper.column(0), hopper.full((ROWS, t.channels), 0)
+        state = flash_gpu.column(MASKED), flash_gpu.column(0), flash_gpu.full((ROWS, t.channels), 0)
         turns.begin()
         state = lax.fori_loop(0, full, functools.partial(step, masked=False), state)
         top, total, acc = lax.fori_loop(full, steps, functools.partial(step, masked=True), state)
@@ -126,7 +126,7 @@ def _forward_step(t, stages, q_smem, s, turns, first_query, first_key, step, sta
     top, total, acc = state
     slot = divide(step, stages)[1]
     plgpu.barrier_wait(s["k_ready"].at[slot])
-    logits, _ = t.logits(hopper.product(q_smem, s["k_smem"].at[slot], turns.meet))
+    logits, _ = t.logits(flash_gpu.product(q_smem, s["k_smem"].at[slot], turns.meet))
     plgpu.barrier_arrive(s["k_free"].at[slot])
     if masked:
         logits = t.mask_logits(logits, first_query, first_key(step), 0, MASKED)
@@ -139,6 +139,6 @@ def _forward_step(t, stages, q_smem, s, turns, first_query, first_key, step, sta
     turns.arrive()
     plgpu.barrier_wait(s["v_ready"].at[slot])
     turns.wait()
-    acc = hopper.accumulate(acc, halves, s["v_smem"].at[slot], t.interpret)
+    acc = flash_gpu.accumulate(acc, halves, s["v_smem"].at[slot], t.interpret)
     plgpu.barrier_arrive(s["v_free"].at[slot])
     return new_top, total, acc

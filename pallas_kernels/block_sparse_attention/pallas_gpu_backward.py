@@ -13,10 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import flash_gpu
 from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.tiles import Tiles
-from pallas_kernels.hopper import LOG2E, ROWS, divide
+from pallas_kernels.flash_gpu import LOG2E, ROWS, divide
 
 _STAGES = 2
 _WIDTH = 64  # of a fetched tile; the gradients take most registers
@@ -59,12 +59,12 @@ def _d_queries(t, q, k, v, d_out, lse, delta):
         t.heads,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=dict(
-            q_smem=hopper.tile(own, q.dtype),
-            do_smem=hopper.tile(own, q.dtype),
+            q_smem=flash_gpu.tile(own, q.dtype),
+            do_smem=flash_gpu.tile(own, q.dtype),
             lse_smem=plgpu.SMEM((groups, ROWS), jnp.float32),
             delta_smem=plgpu.SMEM((groups, ROWS), jnp.float32),
-            k_smem=hopper.tile(fetched, q.dtype),
-            v_smem=hopper.tile(fetched, q.dtype),
+            k_smem=flash_gpu.tile(fetched, q.dtype),
+            v_smem=flash_gpu.tile(fetched, q.dtype),
             own_ready=plgpu.Barrier(num_arrivals=4, num_barriers=groups),
             ready=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
             free=plgpu.Barrier(num_arrivals=groups, num_barriers=_STAGES),
@@ -92,7 +92,7 @@ def _d_queries_kernel(
         kv_head = divide(head, t.group)[0]
         where = lambda step: (batch, pl.ds(first_key(step), _WIDTH), kv_head)  # noqa: E731
         copies = [(k_ref, where, s["k_smem"]), (v_ref, where, s["v_smem"])]
-        hopper.keep_filled([(s["ready"], s["free"], copies)], steps, _STAGES)
+        flash_gpu.keep_filled([(s["ready"], s["free"], copies)], steps, _STAGES)
 
     @pl.when(wg < groups)
     def _():
@@ -106,23 +106,23 @@ def _d_queries_kernel(
             plgpu.copy_gmem_to_smem(source, target, s["own_ready"].at[wg])
         plgpu.barrier_wait(s["own_ready"].at[wg])
         q_smem, do_smem = own[:2]
-        lse, delta = (hopper.per_row(hopper.load(x, axis=0), (ROWS, _WIDTH)) for x in own[2:])
+        lse, delta = (flash_gpu.per_row(flash_gpu.load(x, axis=0), (ROWS, _WIDTH)) for x in own[2:])
 
         def step(i, dq, masked):
             slot = divide(i, _STAGES)[1]
             plgpu.barrier_wait(s["ready"].at[slot])
             k_smem = s["k_smem"].at[slot]
-            logits, slope = t.logits(hopper.product(q_smem, k_smem))
+            logits, slope = t.logits(flash_gpu.product(q_smem, k_smem))
             if masked:
                 logits = t.mask_logits(logits, first_query, first_key(i), 0, -jnp.inf)
-            d_weights = hopper.product(do_smem, s["v_smem"].at[slot])
+            d_weights = flash_gpu.product(do_smem, s["v_smem"].at[slot])
             d_logits = jnp.exp2(logits - lse) * (d_weights - delta)
             d_logits = d_logits if slope is None else d_logits * slope
-            dq = hopper.accumulate(dq, d_logits.astype(q_smem.dtype), k_smem, t.interpret)
+            dq = flash_gpu.accumulate(dq, d_logits.astype(q_smem.dtype), k_smem, t.interpret)
             plgpu.barrier_arrive(s["free"].at[slot])
             return dq
 
-        dq = hopper.full((ROWS, t.channels), 0)
+        dq = flash_gpu.full((ROWS, t.channels), 0)
         dq = lax.fori_loop(0, full, functools.partial(step, masked=False), dq)
         dq = lax.fori_loop(full, steps, functools.partial(step, masked=True), dq)
         q_smem[...] = (dq * t.config.scale).astype(q_smem.dtype)
@@ -142,10 +142,10 @@ def _d_keys(t, q, k, v, d_out, lse, delta):
         t.groups,
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         scratch_types=dict(
-            k_smem=hopper.tile(own, q.dtype),
-            v_smem=hopper.tile(own, q.dtype),
-            q_smem=hopper.tile(fetched, q.dtype),
-            do_smem=hopper.tile(fetched, q.dtype),
+            k_smem=flash_gpu.tile(own, q.dtype),
+            v_smem=flash_gpu.tile(own, q.dtype),
+            q_smem=flash_gpu.tile(fetched, q.dtype),
+            do_smem=flash_gpu.tile(fetched, q.dtype),
             lse_smem=plgpu.SMEM((_STAGES, _WIDTH), jnp.float32),
             delta_smem=plgpu.SMEM((_STAGES, _WIDTH), jnp.float32),
             own_ready=plgpu.Barrier(num_arrivals=2, num_barriers=groups),
@@ -157,7 +157,20 @@ def _d_keys(t, q, k, v, d_out, lse, delta):
 
 
 def _d_keys_kernel(
-    t, groups, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lists_ref, counts_ref, full_ref, dk_ref, dv_ref, **s
+    t,
+    groups,
+    q_ref,
+    k_ref,
+    v_ref,
+    do_ref,
+    lse_ref,
+    delta_ref,
+    lists_ref,
+    counts_ref,
+    full_ref,
+    dk_ref,
+    dv_ref,
+    **s,
 ):
     batch, group, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
     wg = lax.axis_index("wg")
@@ -188,7 +201,7 @@ def _d_keys_kernel(
             (lse_ref, scalars, s["lse_smem"]),
             (delta_ref, scalars, s["delta_smem"]),
         ]
-        hopper.keep_filled([(s["ready"], s["free"], copies)], steps, _STAGES)
+        flash_gpu.keep_filled([(s["ready"], s["free"], copies)], steps, _STAGES)
 
     @pl.when(wg < groups)
     def _():
@@ -206,20 +219,20 @@ def _d_keys_kernel(
             slot = divide(i, _STAGES)[1]
             plgpu.barrier_wait(s["ready"].at[slot])
             q_smem, do_smem = s["q_smem"].at[slot], s["do_smem"].at[slot]
-            logits, slope = t.logits(hopper.product(k_smem, q_smem))
+            logits, slope = t.logits(flash_gpu.product(k_smem, q_smem))
             if masked:
                 logits = t.mask_logits(logits, head_and_first_query(i)[1], first_key, 1, -jnp.inf)
-            lse, delta = (hopper.load(s[name].at[slot], axis=1) for name in ("lse_smem", "delta_smem"))
-            weights = jnp.exp2(logits - hopper.per_column(lse, shape))
-            dv = hopper.accumulate(dv, weights.astype(q_smem.dtype), do_smem, t.interpret)
-            d_weights = hopper.product(v_smem, do_smem)
-            d_logits = weights * (d_weights - hopper.per_column(delta, shape))
+            lse, delta = (flash_gpu.load(s[name].at[slot], axis=1) for name in ("lse_smem", "delta_smem"))
+            weights = jnp.exp2(logits - flash_gpu.per_column(lse, shape))
+            dv = flash_gpu.accumulate(dv, weights.astype(q_smem.dtype), do_smem, t.interpret)
+            d_weights = flash_gpu.product(v_smem, do_smem)
+            d_logits = weights * (d_weights - flash_gpu.per_column(delta, shape))
             d_logits = d_logits if slope is None else d_logits * slope
-            dk = hopper.accumulate(dk, d_logits.astype(q_smem.dtype), q_smem, t.interpret)
+            dk = flash_gpu.accumulate(dk, d_logits.astype(q_smem.dtype), q_smem, t.interpret)
             plgpu.barrier_arrive(s["free"].at[slot])
             return dk, dv
 
-        sums = hopper.full((ROWS, t.channels), 0), hopper.full((ROWS, t.channels), 0)
+        sums = flash_gpu.full((ROWS, t.channels), 0), flash_gpu.full((ROWS, t.channels), 0)
         sums = lax.fori_loop(0, full, functools.partial(step, masked=False), sums)
         dk, dv = lax.fori_loop(full, steps, functools.partial(step, masked=True), sums)
         k_smem[...] = (dk * t.config.scale).astype(k_smem.dtype)

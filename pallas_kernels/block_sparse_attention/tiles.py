@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels import hopper
-from pallas_kernels.block_sparse_attention.lists import block_lists, reachable, unmasked
-from pallas_kernels.hopper import LOG2E
+from pallas_kernels import flash_gpu
+from pallas_kernels.block_sparse_attention.masks import reachable, unmasked
+from pallas_kernels.lists import block_lists
 
 
 class Tiles:
@@ -50,19 +50,14 @@ class Tiles:
 
     def logits(self, products):
         """Logits to base 2, and their derivative by the scaled products (None if it is 1)."""
-        cap = self.config.soft_cap
-        if cap is None:
-            return products * (self.config.scale * LOG2E), None
-        # the hardware's own tanh has 11 bits, its exponential 22
-        tanh = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * self.config.scale / cap)))
-        return tanh * (cap * LOG2E), 1 - tanh * tanh
+        return flash_gpu.logits(products, self.config.scale, self.config.soft_cap)
 
     def mask_logits(self, logits, first_query, first_key, query_axis, value):
         """Logits with `value` where the query does not see the key."""
-        key = first_key + hopper.positions(logits.shape, 1 - query_axis)
+        key = first_key + flash_gpu.positions(logits.shape, 1 - query_axis)
         seen = key < self.keys_length
         if self.config.causal:
-            seen &= first_query + hopper.positions(logits.shape, query_axis) >= key
+            seen &= first_query + flash_gpu.positions(logits.shape, query_axis) >= key
         return jnp.where(seen, logits, value)
 
 

@@ -1,4 +1,4 @@
-"""Block masks as lists of selected key blocks."""
+"""Masks as lists of what each of their rows selects."""
 
 from typing import NamedTuple
 
@@ -29,8 +29,16 @@ def block_lists(block_mask, limit: int | None = None) -> BlockLists:
       ValueError: outside `jax.jit`, if a row selects more than `limit` columns. Inside, its count says so and its
         list ends early.
     """
+    block_mask = jnp.asarray(block_mask)
+    if block_mask.ndim < 2 or block_mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"block_mask is {block_mask.dtype} of shape {block_mask.shape}; it must be bool of shape "
+            "(..., rows, columns)"
+        )
     columns = block_mask.shape[-1]
     limit = columns if limit is None else limit
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1, or None")
     flat = block_mask.reshape(-1, columns)
     counts = flat.sum(-1, dtype=jnp.int32)
     if not isinstance(counts, jax.core.Tracer) and counts.size and counts.max() > limit:
@@ -38,17 +46,3 @@ def block_lists(block_mask, limit: int | None = None) -> BlockLists:
     indices = jax.vmap(lambda row: jnp.flatnonzero(row, size=limit, fill_value=-1))(flat)
     rows = block_mask.shape[:-1]
     return BlockLists(indices.astype(jnp.int32).reshape(*rows, limit), counts.reshape(rows))
-
-
-def reachable(rows: int, columns: int, block_q: int, block_k: int):
-    """(rows, columns) bool: the blocks in which some query sees some key under a causal mask."""
-    last_query = (jnp.arange(rows) + 1) * block_q - 1
-    return last_query[:, None] >= jnp.arange(columns) * block_k
-
-
-def unmasked(rows: int, columns: int, block_q: int, block_k: int, keys: int, causal: bool):
-    """(rows, columns) bool: the blocks in which every query sees every key, so that no mask is needed."""
-    full = (jnp.arange(columns) + 1) * block_k <= keys
-    if causal:
-        full &= jnp.arange(rows)[:, None] * block_q >= (jnp.arange(columns) + 1) * block_k - 1
-    return jnp.broadcast_to(full, (rows, columns))

@@ -1,4 +1,4 @@
-"""What our Mosaic GPU kernels for Hopper share: tiles of matrix products, and rings of buffers that hold them.
+"""What the attention kernels for Hopper GPUs share: tiles of matrix products, and rings of buffers that hold them.
 
 A warpgroup multiplies 64 rows at a time. Tiles lie in shared memory in rows of 128 bytes, swizzled.
 """
@@ -119,6 +119,15 @@ def keep_filled(rings, steps, stages):
     for slot in range(stages):
         pl.when(slot < steps)(functools.partial(fill, jnp.int32(slot), slot, wait=False))
     pl.loop(stages, jnp.maximum(steps, stages))(lambda step: fill(step, divide(step, stages)[1], wait=True))
+
+
+def logits(products, scale, soft_cap):
+    """Logits to base 2, and their derivative by the scaled products (None if it is 1)."""
+    if soft_cap is None:
+        return products * (scale * LOG2E), None
+    # the hardware's own tanh has 11 bits, its exponential 22
+    tanh = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2E * scale / soft_cap)))
+    return tanh * (soft_cap * LOG2E), 1 - tanh * tanh
 
 
 class Turns:

@@ -1,0 +1,75 @@
+"""Softmax in two passes over memory, after Dukhan and Ablavatski [2020].
+
+The usual softmax reads its input three times: for the largest entry, for the sum of exponentials, for the results. If
+every exponential is a pair (mantissa, integer exponent), nothing can overflow, the sum needs no maximum first, and
+two passes are enough. Rescaling a sum to a new exponent is exact.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.batching import independent
+from pallas_kernels.dispatch import pick
+from pallas_kernels.softmax import pallas_gpu, pallas_tpu, reference, xla
+
+__all__ = ["softmax"]
+
+_MODULES = {"reference": reference, "xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
+
+
+def softmax(x, *, implementation: str | None = None):
+    """exp(x) / sum(exp(x)) over the last axis, computed in float32.
+
+    Args:
+      x: (..., K) bfloat16, float16 or float32. Entries of -inf give 0, and a row of nothing else gives zeros; a row
+        with NaN or +inf gives NaN.
+      implementation: one of "reference", "xla", "pallas_gpu" (Hopper), "pallas_tpu", or None for the device's best.
+
+    Returns:
+      An array like x. The gradient is y * (g - sum(y * g)).
+
+    Raises:
+      ValueError: if x is a scalar, has no columns or another dtype, or the implementation cannot run here.
+    """
+    x = jnp.asarray(x)
+    if x.ndim == 0 or 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}; it must be (..., K) with no empty axis")
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"x is {x.dtype}; it must be bfloat16, float16 or float32")
+    reasons = {
+        "pallas_gpu": pallas_gpu.unavailable(x),
+        "pallas_tpu": pallas_tpu.unavailable(x),
+        "xla": None,
+        "reference": None,
+    }
+    name = pick("softmax", implementation, reasons)
+    return _softmax(x.reshape(-1, x.shape[-1]), name).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(x, name):
+    return _kernel(name)(x)[0]
+
+
+def _forward(x, name):
+    y = _softmax(x, name)
+    return y, y
+
+
+def _backward(name, y, gradient):
+    del (
+        name
+    )  # elementwise but for a sum over the row: the compiler's own fusion reads y and the gradient twice
+    wide, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
+    inner = (wide * gradient).sum(-1, keepdims=True)
+    return ((wide * (gradient - inner)).astype(y.dtype),)
+
+
+_softmax.defvjp(_forward, _backward)
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel(name):
+    return independent(lambda x: (_MODULES[name].softmax(x),), "rk -> rk", "r")
