@@ -7,6 +7,7 @@ dense window of the newest tokens, say.
 """
 
 import functools
+import importlib
 import math
 from typing import NamedTuple
 
@@ -20,8 +21,6 @@ from pallas_kernels.sparse_decode_attention import pallas_gpu, pallas_tpu, refer
 from pallas_kernels.sparse_decode_attention.packed import Packed, pack, unpack
 
 __all__ = ["Packed", "bitmap", "merge", "pack", "paged", "unpack"]
-
-_MODULES = {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
 
 
 class Config(NamedTuple):
@@ -99,6 +98,7 @@ def bitmap(q, keys: Packed, values: Packed, lengths, *, scale=None, soft_cap=Non
     _check_bitmap(q, keys, values, lengths, soft_cap)
     reasons = {
         "pallas_gpu": pallas_gpu.bitmap_unavailable(q, keys, values),
+        "triton": _triton_unavailable(),
         "pallas_tpu": pallas_tpu.bitmap_unavailable(q, keys, values),
         "xla": None,
         "reference": None,
@@ -164,7 +164,7 @@ _bitmap.defvjp(lambda *args: (_bitmap(*args), args[:6]), functools.partial(_back
 
 @functools.lru_cache(maxsize=None)
 def _paged_kernel(config, name):
-    function = functools.partial(_MODULES[name].paged, config=config)
+    function = functools.partial(_module(name).paged, config=config)
     # no axis of the pool of pages is that of the sequences: it is whole on every device, but for its heads
     return independent(function, "bgrd psgd psgd bgn b -> bgrd bgr", "bg", merge=_merge_pools)
 
@@ -188,8 +188,27 @@ def _merge_pools(size, is_mapped, args):
 
 @functools.lru_cache(maxsize=None)
 def _bitmap_kernel(config, name):
-    function = functools.partial(_MODULES[name].bitmap, config=config)
+    function = functools.partial(_module(name).bitmap, config=config)
     return independent(function, "bgrd bgtc bgtm bgte bgtn b -> bgrd bgr", "bg")
+
+
+def _module(name):
+    """An implementation; Triton is imported only if it is used."""
+    return importlib.import_module(f"pallas_kernels.sparse_decode_attention.{name}")
+
+
+def _triton_unavailable():
+    """Why kernels in Triton cannot run here, or None."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return f"it needs a GPU and the default backend is {backend}"
+    try:
+        import jax_triton
+    except ImportError as error:
+        return f"jax-triton cannot be imported ({error})"
+    if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
+        return f"jax-triton {jax_triton.__version__} does not work with JAX {jax.__version__}"
+    return None
 
 
 def _config(q, scale, soft_cap):

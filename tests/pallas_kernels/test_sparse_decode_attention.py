@@ -217,6 +217,50 @@ def test_bitmap_on_gpus(monkeypatch):
     check_bitmap(pallas_gpu, (1, 3, 1, 64, 150, (32, 24)), jnp.bfloat16, None, interpret)
 
 
+class InMemory:
+    """What Triton's interpreter asks of a PyTorch tensor, for a numpy array that it reads and writes in place."""
+
+    def __init__(self, array):
+        self.array = array
+        self.dtype = f"torch.{array.dtype.name}"
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    untyped_storage = cpu = new_empty = lambda self, *args, **kwargs: self
+    storage_offset = size = stride = set_ = copy_ = lambda self, *args: None
+
+
+TRITON = """
+import sys
+import jax.numpy as jnp, numpy as np
+sys.path.insert(0, "tests/pallas_kernels")
+import test_sparse_decode_attention as cases
+from pallas_kernels.sparse_decode_attention import reference, triton, xla
+
+for shape, soft_cap in [((2, 6, 2, 20, 150, (7, 20)), 2.0), ((1, 1, 1, 64, 40, (32, 24)), None)]:
+    q, keys, values, lengths = cases.make_bitmap(*shape)
+    q, config = cases.kernel_arguments(q, shape[2], soft_cap)
+    splits = 3
+    outs = [np.zeros((splits, *q.shape), np.float32), np.zeros((splits, *q.shape[:3]), np.float32)]
+    inputs = [np.array(x) for x in (q, *keys, *values, lengths)]
+    known = triton.constants(q, keys.bitmap, keys.values, values.values, config)
+    triton.kernel[(splits, q.shape[0] * q.shape[1])](*map(cases.InMemory, inputs + outs), **known)
+    found = xla.merge(*map(jnp.asarray, outs))
+    cases.close(found, reference.bitmap(q, *keys, *values, lengths, config), np.float32)
+print("same")
+"""
+
+
+def test_bitmap_in_triton_interpreted():
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON], env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
+
+
 def lowered(platform, function, *args):
     checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     return jax.export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(
