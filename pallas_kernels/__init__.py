@@ -1,2 +1,11 @@
-"""Kernels for sparse operations, one folder each; they import only JAX. There is none yet: today masks
-simulate sparsity."""
+"""Kernels for sparse operations, one folder each; they import only JAX.
+
+In a folder: `reference` (plain jnp, the oracle), `xla` (fast everywhere), `pallas_gpu` (Mosaic GPU), `pallas_tpu` and
+`bench`. The public operation picks one of them, see `dispatch`, or runs the one that `implementation` names.
+"""
+
+from pallas_kernels import sparse_decode_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.softmax import softmax
+
+__all__ = ["block_sparse_attention", "softmax", "sparse_decode_attention"]

@@ -6,35 +6,23 @@ A warpgroup multiplies 64 rows at a time. Tiles lie in shared memory in rows of 
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
 
 ROWS = 64  # of a matrix product of one warpgroup
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite: a row that has seen no key yet must not subtract infinities
 
 
-def unavailable():
-    """Why kernels for Hopper cannot run here, or None."""
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return f"it needs a GPU and the default backend is {backend}"
-    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-    if not capability.startswith("9."):
-        return f"its matrix products need compute capability 9 (Hopper) and this GPU has {capability}"
-    return None
-
-
-def unsupported(dtype, channels):
+def reason(dtype, channels):
     """Why heads of this size and type do not fit the tiles, or None."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"its matrix products take bfloat16 and float16, not {dtype}"
-    if channels % 64 or channels > 256:
-        return f"it needs heads of 64, 128, 192 or 256 channels, not {channels}"
-    return None
+    if channels not in (64, 128, 192, 256):
+        return f"heads must have 64, 128, 192 or 256 channels, got {channels}"
+    return hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16)
 
 
 def tile(shape, dtype):
@@ -88,10 +76,8 @@ def product(a, b, after_start=lambda: None):
     return pl.run_scoped(compute, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def accumulate(acc, a, b, interpret):
-    """acc + a @ b, a in registers. JAX's interpreter has neither products of registers nor accumulators with a start."""
-    if interpret:
-        return acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+def accumulate(acc, a, b):
+    """acc + a @ b, a in registers, b in shared memory."""
 
     def compute(ref):
         plgpu.wgmma(ref, a, b)

@@ -11,15 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
 MASKED = -1e30  # finite: a row that has seen no key yet must not subtract infinities
 _SCALARS = 2**16  # entries of the lists that one call keeps in scalar memory, 256 KiB
-
-
-def unavailable():
-    """Why kernels for TPUs cannot run here, or None."""
-    backend = jax.default_backend()
-    return None if backend == "tpu" else f"it needs a TPU and the default backend is {backend}"
 
 
 def dot(a, b, axis_of_a, axis_of_b):
@@ -28,7 +21,7 @@ def dot(a, b, axis_of_a, axis_of_b):
     return lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
 
 
-def over_lists(kernel, lists, lengths, *, rows, entries, outs, scratch, unit=1, interpret=False):
+def over_lists(kernel, lists, lengths, *, rows, entries, outs, scratch, unit=1):
     """Runs a kernel over every row and every entry of its list.
 
     Args:
@@ -72,7 +65,6 @@ def over_lists(kernel, lists, lengths, *, rows, entries, outs, scratch, unit=1, 
             grid_spec=grid,
             out_shape=[jax.ShapeDtypeStruct((lists.shape[0], *shape), dtype) for shape, dtype in outs],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-            interpret=interpret,
         )(first, lists.ravel(), lengths, *rows, *(entry[0] for entry in entries))
 
     return _in_chunks(some_rows, max(1, _SCALARS // limit), lists, lengths, *rows)

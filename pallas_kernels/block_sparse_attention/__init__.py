@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.batching import independent
-from pallas_kernels.block_sparse_attention import pallas_gpu, pallas_tpu, reference, xla
-from pallas_kernels.dispatch import pick
+from pallas_kernels.block_sparse_attention import reference
 from pallas_kernels.lists import BlockLists, block_lists
 
 __all__ = ["BlockLists", "block_lists", "block_sparse_attention"]
 
-_OP = "block_sparse_attention"
-_MODULES = {"xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
+OP = "block_sparse_attention"
 
 
 class Config(NamedTuple):
@@ -77,7 +76,7 @@ def block_sparse_attention(
     config = Config(block_q, block_k, bool(causal), scale, None if soft_cap is None else float(soft_cap))
     blocks = (-(-q.shape[1] // block_q), -(-k.shape[1] // block_k))
     mask = jnp.broadcast_to(block_mask, (q.shape[0], q.shape[2], *blocks))
-    name = pick(_OP, implementation, _reasons(q, config))
+    name = dispatch.pick(OP, implementation, reasons(q, config))
     if name == "reference":
         out, lse = reference.attention(q, k, v, mask, config)
     else:
@@ -111,7 +110,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 @functools.lru_cache(maxsize=None)
 def _kernels(config, name):
     """The two passes of an implementation, independent over sequences and heads."""
-    module = _MODULES[name]
+    module = dispatch.module(OP, name)
     forward = independent(
         functools.partial(module.forward, config=config), "btghd bsgd bsgd bghnm -> btghd bght", "bgh"
     )
@@ -124,11 +123,11 @@ def _kernels(config, name):
     return forward, backward
 
 
-def _reasons(q, config):
-    """Why each implementation cannot run, best first."""
+def reasons(q, config):
+    """{implementation: why it cannot run here, or None}, best first."""
     return {
-        "pallas_gpu": pallas_gpu.unavailable(q, config),
-        "pallas_tpu": pallas_tpu.unavailable(q, config),
+        "pallas_gpu": dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").reason(q, config),
+        "pallas_tpu": dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").reason(q, config),
         "xla": None,
         "reference": None,
     }

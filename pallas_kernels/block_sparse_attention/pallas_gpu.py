@@ -17,29 +17,26 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import flash_gpu
+from pallas_kernels import flash_gpu, hopper
 from pallas_kernels.block_sparse_attention.pallas_gpu_backward import backward
 from pallas_kernels.block_sparse_attention.tiles import Tiles
 from pallas_kernels.flash_gpu import LOG2E, MASKED, ROWS, divide, per_row
 
-__all__ = ["backward", "forward", "unavailable", "unsupported"]
+__all__ = ["backward", "forward", "reason"]
 
 
-def unavailable(q, config):
-    """Why this cannot run here, or None."""
-    return flash_gpu.unavailable() or unsupported(q, config)
+def reason(q, config):
+    """Why the kernels do not take these arguments, or None."""
+    return (
+        hopper.multiple_reason("block_q", config.block_q, ROWS)
+        or hopper.multiple_reason("block_k", config.block_k, ROWS)
+        or flash_gpu.reason(q.dtype, q.shape[-1])
+    )
 
 
-def unsupported(q, config):
-    """Why the kernels do not take these arguments on any GPU, or None."""
-    if config.block_q % ROWS or config.block_k % ROWS:
-        return f"it needs blocks that are multiples of {ROWS}, not {config.block_q} x {config.block_k}"
-    return flash_gpu.unsupported(q.dtype, q.shape[-1])
-
-
-def forward(q, k, v, block_mask, config, interpret=None):
+def forward(q, k, v, block_mask, config):
     """As `xla.forward`."""
-    t = Tiles(q, k, block_mask, config, interpret)
+    t = Tiles(q, k, block_mask, config)
     groups = 2 if config.block_q % (2 * ROWS) == 0 else 1
     width = 128 if config.block_k % 128 == 0 and t.channels <= 128 else 64
     stages = 2 if t.channels * width > 64 * 128 else 4
@@ -67,7 +64,6 @@ def forward(q, k, v, block_mask, config, interpret=None):
         num_threads=groups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
     )(t.queries(q), t.keys(k), t.keys(v), *t.key_lists())
     return out[:, : t.length].reshape(q.shape), lse[..., : t.length].reshape(t.batch, t.groups, t.group, -1)
 
@@ -139,6 +135,6 @@ def _forward_step(t, stages, q_smem, s, turns, first_query, first_key, step, sta
     turns.arrive()
     plgpu.barrier_wait(s["v_ready"].at[slot])
     turns.wait()
-    acc = flash_gpu.accumulate(acc, halves, s["v_smem"].at[slot], t.interpret)
+    acc = flash_gpu.accumulate(acc, halves, s["v_smem"].at[slot])
     plgpu.barrier_arrive(s["v_free"].at[slot])
     return new_top, total, acc

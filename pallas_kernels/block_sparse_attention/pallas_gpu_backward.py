@@ -22,11 +22,11 @@ _STAGES = 2
 _WIDTH = 64  # of a fetched tile; the gradients take most registers
 
 
-def backward(q, k, v, block_mask, out, lse, d_out, d_lse, config, interpret=None):
+def backward(q, k, v, block_mask, out, lse, d_out, d_lse, config):
     """As `xla.backward`, which it calls for more than 128 channels: the sums would not fit into registers."""
     if q.shape[-1] > 128:
         return xla.backward(q, k, v, block_mask, out, lse, d_out, d_lse, config)
-    t = Tiles(q, k, block_mask, config, interpret)
+    t = Tiles(q, k, block_mask, config)
     scalars = xla.finite(lse) * LOG2E, xla.row_sums(out, lse, d_out, d_lse)
     args = t.queries(q), t.keys(k), t.keys(v), t.queries(d_out), *(t.scalars(x) for x in scalars)
     dq = _d_queries(t, *args)[:, : t.length].reshape(q.shape)
@@ -43,7 +43,6 @@ def _kernel(t, body, groups, tiles, grid, **kwargs):
         num_threads=groups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=t.interpret,
         **kwargs,
     )
 
@@ -118,7 +117,7 @@ def _d_queries_kernel(
             d_weights = flash_gpu.product(do_smem, s["v_smem"].at[slot])
             d_logits = jnp.exp2(logits - lse) * (d_weights - delta)
             d_logits = d_logits if slope is None else d_logits * slope
-            dq = flash_gpu.accumulate(dq, d_logits.astype(q_smem.dtype), k_smem, t.interpret)
+            dq = flash_gpu.accumulate(dq, d_logits.astype(q_smem.dtype), k_smem)
             plgpu.barrier_arrive(s["free"].at[slot])
             return dq
 
@@ -224,11 +223,11 @@ def _d_keys_kernel(
                 logits = t.mask_logits(logits, head_and_first_query(i)[1], first_key, 1, -jnp.inf)
             lse, delta = (flash_gpu.load(s[name].at[slot], axis=1) for name in ("lse_smem", "delta_smem"))
             weights = jnp.exp2(logits - flash_gpu.per_column(lse, shape))
-            dv = flash_gpu.accumulate(dv, weights.astype(q_smem.dtype), do_smem, t.interpret)
+            dv = flash_gpu.accumulate(dv, weights.astype(q_smem.dtype), do_smem)
             d_weights = flash_gpu.product(v_smem, do_smem)
             d_logits = weights * (d_weights - flash_gpu.per_column(delta, shape))
             d_logits = d_logits if slope is None else d_logits * slope
-            dk = flash_gpu.accumulate(dk, d_logits.astype(q_smem.dtype), q_smem, t.interpret)
+            dk = flash_gpu.accumulate(dk, d_logits.astype(q_smem.dtype), q_smem)
             plgpu.barrier_arrive(s["free"].at[slot])
             return dk, dv
 

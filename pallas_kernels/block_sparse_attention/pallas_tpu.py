@@ -10,19 +10,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import flash_tpu
+from pallas_kernels import flash_tpu, tpu
 from pallas_kernels.block_sparse_attention.blocks import Problem
 from pallas_kernels.block_sparse_attention.xla import finite, row_sums
-from pallas_kernels.flash_tpu import LANES, MASKED, dot
+from pallas_kernels.flash_tpu import MASKED, dot
+from pallas_kernels.tpu import LANES
 
 
-def unavailable(q, config):
-    """Why this cannot run here, or None."""
-    del q, config  # all shapes can
-    return flash_tpu.unavailable()
+def reason(q, config):
+    """Why the kernels do not take these arguments, or None."""
+    del config  # all blocks can
+    return tpu.dtype_reason(q.dtype)
 
 
-def forward(q, k, v, block_mask, config, interpret=False):
+def forward(q, k, v, block_mask, config):
     """As `xla.forward`."""
     p = Problem(q, k, block_mask, config)
     shape = (p.block_q, q.shape[-1])
@@ -33,12 +34,11 @@ def forward(q, k, v, block_mask, config, interpret=False):
         entries=[_listed(p.key_blocks(k)), _listed(p.key_blocks(v))],
         outs=[(shape, q.dtype), ((p.block_q, LANES), jnp.float32)],
         scratch=[(p.block_q, LANES), (p.block_q, LANES), shape],
-        interpret=interpret,
     )
     return p.queries(out), p.query_scalars(lse[..., 0])
 
 
-def backward(q, k, v, block_mask, out, lse, d_out, d_lse, config, interpret=False):
+def backward(q, k, v, block_mask, out, lse, d_out, d_lse, config):
     """As `xla.backward`."""
     p = Problem(q, k, block_mask, config)
     keys = [p.key_blocks(k), p.key_blocks(v)]
@@ -47,12 +47,12 @@ def backward(q, k, v, block_mask, out, lse, d_out, d_lse, config, interpret=Fals
     shape = (p.block_q, q.shape[-1])
     (dq,) = flash_tpu.over_lists(
         functools.partial(_d_queries_kernel, p), *p.key_lists(), rows=queries, entries=[_listed(x) for x in keys],
-        outs=[(shape, q.dtype)], scratch=[shape], interpret=interpret,
+        outs=[(shape, q.dtype)], scratch=[shape],
     )  # fmt: skip
     shape = (p.block_k, q.shape[-1])
     dk, dv = flash_tpu.over_lists(
         functools.partial(_d_keys_kernel, p), *p.query_lists(), rows=keys, entries=[_listed(x) for x in queries],
-        outs=[(shape, k.dtype), (shape, v.dtype)], scratch=[shape, shape], interpret=interpret,
+        outs=[(shape, k.dtype), (shape, v.dtype)], scratch=[shape, shape],
     )  # fmt: skip
     return p.queries(dq), p.keys(dk), p.keys(dv)
 

@@ -10,13 +10,12 @@ from pallas_kernels.lists import block_lists
 class Tiles:
     """Shapes of one call, its lists of blocks, and the logits of a tile."""
 
-    def __init__(self, q, k, block_mask, config, interpret):
+    def __init__(self, q, k, block_mask, config):
         self.batch, self.length, self.groups, self.group, self.channels = q.shape
         self.keys_length = k.shape[1]
         self.heads = self.groups * self.group
         self.n, self.m = block_mask.shape[-2:]
         self.config = config
-        self.interpret = interpret
         self.mask = block_mask
         if config.causal:
             self.mask = block_mask & reachable(self.n, self.m, config.block_q, config.block_k)

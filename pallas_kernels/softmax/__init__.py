@@ -10,13 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.batching import independent
-from pallas_kernels.dispatch import pick
-from pallas_kernels.softmax import pallas_gpu, pallas_tpu, reference, xla
 
 __all__ = ["softmax"]
 
-_MODULES = {"reference": reference, "xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
+OP = "softmax"
 
 
 def softmax(x, *, implementation: str | None = None):
@@ -25,7 +24,8 @@ def softmax(x, *, implementation: str | None = None):
     Args:
       x: (..., K) bfloat16, float16 or float32. Entries of -inf give 0, and a row of nothing else gives zeros; a row
         with NaN or +inf gives NaN.
-      implementation: one of "reference", "xla", "pallas_gpu" (Hopper), "pallas_tpu", or None for the device's best.
+      implementation: one of "reference", "xla", "pallas_gpu" (Hopper and later), "pallas_tpu", or None for the
+        device's best.
 
     Returns:
       An array like x. The gradient is y * (g - sum(y * g)).
@@ -39,12 +39,12 @@ def softmax(x, *, implementation: str | None = None):
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}; it must be bfloat16, float16 or float32")
     reasons = {
-        "pallas_gpu": pallas_gpu.unavailable(x),
-        "pallas_tpu": pallas_tpu.unavailable(x),
+        "pallas_gpu": dispatch.gpu_reason(9, 10, 12),
+        "pallas_tpu": dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").reason(x),
         "xla": None,
         "reference": None,
     }
-    name = pick("softmax", implementation, reasons)
+    name = dispatch.pick(OP, implementation, reasons)
     return _softmax(x.reshape(-1, x.shape[-1]), name).reshape(x.shape)
 
 
@@ -59,9 +59,7 @@ def _forward(x, name):
 
 
 def _backward(name, y, gradient):
-    del (
-        name
-    )  # elementwise but for a sum over the row: the compiler's own fusion reads y and the gradient twice
+    del name  # the compiler's own fusion reads y and the gradient twice, which a sum over the row needs
     wide, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
     inner = (wide * gradient).sum(-1, keepdims=True)
     return ((wide * (gradient - inner)).astype(y.dtype),)
@@ -72,4 +70,4 @@ _softmax.defvjp(_forward, _backward)
 
 @functools.lru_cache(maxsize=None)
 def _kernel(name):
-    return independent(lambda x: (_MODULES[name].softmax(x),), "rk -> rk", "r")
+    return independent(lambda x: (dispatch.module(OP, name).softmax(x),), "rk -> rk", "r")

@@ -22,9 +22,8 @@ def exponential(x):
     empty, special = x == -jnp.inf, x - x  # 0, or NaN for what is not finite
     x = jnp.minimum(jnp.maximum(x, -_LARGEST), _LARGEST)
     n = jnp.round(x * (1 / math.log(2)))
-    t = ((x - n * _LN2[0]) - n * _LN2[1]) - n * _LN2[
-        2
-    ]  # in [-ln(2) / 2, ln(2) / 2], where the series is exact
+    # in [-ln(2) / 2, ln(2) / 2], where the series is exact
+    t = ((x - n * _LN2[0]) - n * _LN2[1]) - n * _LN2[2]
     m = jnp.full_like(t, _SERIES[-1])
     for coefficient in _SERIES[-2::-1]:
         m = m * t + coefficient

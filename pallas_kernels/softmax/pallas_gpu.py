@@ -18,19 +18,7 @@ _THREADS = 128  # of a warpgroup
 _COLUMNS = 2048  # in registers at a time, at most
 
 
-def unavailable(x):
-    """Why this cannot run here, or None."""
-    del x  # all shapes can
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return f"it needs a GPU and the default backend is {backend}"
-    capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
-    if float(capability) < 9:
-        return f"it needs compute capability 9 and this GPU has {capability}"
-    return None
-
-
-def softmax(x, interpret=None):
+def softmax(x):
     """As `pallas_kernels.softmax.softmax`; x (rows, K). Copies x first if K is no multiple of 128."""
     rows, columns = x.shape
     padded = jnp.pad(x, ((0, 0), (0, -columns % _THREADS)), constant_values=-jnp.inf)
@@ -40,7 +28,6 @@ def softmax(x, interpret=None):
         out_type=jax.ShapeDtypeStruct(padded.shape, x.dtype),
         grid=(rows,),
         grid_names=("row",),
-        interpret=interpret,
     )(padded)
     return out[:, :columns]
 

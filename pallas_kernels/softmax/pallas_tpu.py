@@ -11,23 +11,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import flash_tpu
+from pallas_kernels import tpu
 from pallas_kernels.softmax import pairs
 
 _ROWS = 16  # of a block: the height of a tile of 16-bit numbers
 _COLUMNS = 4096
 
 
-def unavailable(x):
-    """Why this cannot run here, or None."""
-    del x  # all shapes can
-    return flash_tpu.unavailable()
+def reason(x):
+    """Why this cannot take x, or None."""
+    return tpu.dtype_reason(x.dtype)
 
 
-def softmax(x, interpret=False):
+def softmax(x):
     """As `pallas_kernels.softmax.softmax`; x (rows, K)."""
     rows, columns = x.shape
-    width = min(_COLUMNS, -(-columns // flash_tpu.LANES) * flash_tpu.LANES)
+    width = min(_COLUMNS, -(-columns // tpu.LANES) * tpu.LANES)
     blocks = pl.cdiv(columns, width)
     return pl.pallas_call(
         functools.partial(_kernel, columns, width),
@@ -36,9 +35,8 @@ def softmax(x, interpret=False):
         # the first pass stays at the block that the second begins with: nothing is written in between
         out_specs=pl.BlockSpec((_ROWS, width), lambda i, p, j: (i, p * j)),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=[pltpu.VMEM((_ROWS, flash_tpu.LANES), jnp.float32)] * 2,
+        scratch_shapes=[pltpu.VMEM((_ROWS, tpu.LANES), jnp.float32)] * 2,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        interpret=interpret,
     )(x)
 
 
@@ -56,8 +54,8 @@ def _kernel(columns, width, x_ref, out_ref, mantissa_ref, exponent_ref):
     @pl.when(sweep == 0)
     def _():
         sums = mantissa_ref[...], exponent_ref[...]
-        for first in range(0, width, flash_tpu.LANES):
-            lanes = slice(first, first + flash_tpu.LANES)
+        for first in range(0, width, tpu.LANES):
+            lanes = slice(first, first + tpu.LANES)
             sums = pairs.add(sums, (m[:, lanes], n[:, lanes]))
         mantissa_ref[...], exponent_ref[...] = sums
 

@@ -7,7 +7,6 @@ dense window of the newest tokens, say.
 """
 
 import functools
-import importlib
 import math
 from typing import NamedTuple
 
@@ -15,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.batching import independent
-from pallas_kernels.dispatch import pick
-from pallas_kernels.sparse_decode_attention import pallas_gpu, pallas_tpu, reference, xla
+from pallas_kernels.sparse_decode_attention import reference, xla
 from pallas_kernels.sparse_decode_attention.packed import Packed, pack, unpack
 
 __all__ = ["Packed", "bitmap", "merge", "pack", "paged", "unpack"]
+
+OP = "sparse_decode_attention"
 
 
 class Config(NamedTuple):
@@ -61,13 +62,7 @@ def paged(q, k_pages, v_pages, page_table, lengths, *, scale=None, soft_cap=None
     table = page_table if page_table.ndim == 3 else page_table[:, None]
     table = jnp.broadcast_to(table, (q.shape[0], groups, table.shape[-1]))
     config = _config(q, scale, soft_cap)
-    reasons = {
-        "pallas_gpu": pallas_gpu.paged_unavailable(q, k_pages),
-        "pallas_tpu": pallas_tpu.paged_unavailable(q, k_pages),
-        "xla": None,
-        "reference": None,
-    }
-    name = pick("sparse_decode_attention.paged", implementation, reasons)
+    name = dispatch.pick(f"{OP}.paged", implementation, paged_reasons(q, k_pages))
     out, lse = _paged(
         q.reshape(q.shape[0], groups, -1, q.shape[-1]), k_pages, v_pages, table, lengths, config, name
     )
@@ -96,14 +91,7 @@ def bitmap(q, keys: Packed, values: Packed, lengths, *, scale=None, soft_cap=Non
     q, lengths = jnp.asarray(q), jnp.asarray(lengths)
     keys, values = (Packed(*(jnp.asarray(x) for x in packed)) for packed in (keys, values))
     _check_bitmap(q, keys, values, lengths, soft_cap)
-    reasons = {
-        "pallas_gpu": pallas_gpu.bitmap_unavailable(q, keys, values),
-        "triton": _triton_unavailable(),
-        "pallas_tpu": pallas_tpu.bitmap_unavailable(q, keys, values),
-        "xla": None,
-        "reference": None,
-    }
-    name = pick("sparse_decode_attention.bitmap", implementation, reasons)
+    name = dispatch.pick(f"{OP}.bitmap", implementation, bitmap_reasons(q, keys, values))
     grouped = q.reshape(q.shape[0], keys.values.shape[1], -1, q.shape[-1])
     out, lse = _bitmap(grouped, *keys, *values, lengths, _config(q, scale, soft_cap), name)
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
@@ -164,7 +152,7 @@ _bitmap.defvjp(lambda *args: (_bitmap(*args), args[:6]), functools.partial(_back
 
 @functools.lru_cache(maxsize=None)
 def _paged_kernel(config, name):
-    function = functools.partial(_module(name).paged, config=config)
+    function = functools.partial(dispatch.module(OP, name).paged, config=config)
     # no axis of the pool of pages is that of the sequences: it is whole on every device, but for its heads
     return independent(function, "bgrd psgd psgd bgn b -> bgrd bgr", "bg", merge=_merge_pools)
 
@@ -188,27 +176,27 @@ def _merge_pools(size, is_mapped, args):
 
 @functools.lru_cache(maxsize=None)
 def _bitmap_kernel(config, name):
-    function = functools.partial(_module(name).bitmap, config=config)
+    function = functools.partial(dispatch.module(OP, name).bitmap, config=config)
     return independent(function, "bgrd bgtc bgtm bgte bgtn b -> bgrd bgr", "bg")
 
 
-def _module(name):
-    """An implementation; Triton is imported only if it is used."""
-    return importlib.import_module(f"pallas_kernels.sparse_decode_attention.{name}")
+def paged_reasons(q, k_pages):
+    """{implementation: why it cannot run here, or None}, best first."""
+    return {
+        "pallas_gpu": dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").paged_reason(q, k_pages),
+        "pallas_tpu": dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").paged_reason(q, k_pages),
+        "xla": None,
+        "reference": None,
+    }
 
 
-def _triton_unavailable():
-    """Why kernels in Triton cannot run here, or None."""
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return f"it needs a GPU and the default backend is {backend}"
-    try:
-        import jax_triton
-    except ImportError as error:
-        return f"jax-triton cannot be imported ({error})"
-    if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
-        return f"jax-triton {jax_triton.__version__} does not work with JAX {jax.__version__}"
-    return None
+def bitmap_reasons(q, keys, values):
+    """{implementation: why it cannot run here, or None}, best first."""
+    cache = keys.values.shape, values.values.shape
+    gpu = dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").bitmap_reason(q, *cache)
+    triton = dispatch.gpu_reason(8, 9, 10, 12) or dispatch.module(OP, "triton").bitmap_reason()
+    tpu = dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").bitmap_reason(q)
+    return {"pallas_gpu": gpu, "triton": triton, "pallas_tpu": tpu, "xla": None, "reference": None}
 
 
 def _config(q, scale, soft_cap):

@@ -4,34 +4,24 @@ Pallas has no gather from shared memory, so this goes one floor lower, to MLIR: 
 element that its registers hold, the word of the bitmap and counts the stored channels before.
 """
 
-import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, math, memref
 
 
-def expand(bits_ref, values_ref, channels, interpret):
+def expand(bits_ref, values_ref, channels):
     """Packed vectors as (tokens, channels).
 
     Args:
       bits_ref: (tokens * channels / 32,) int32, the bitmaps as little-endian words, in shared memory.
       values_ref: (tokens, budget) of a 16-bit type, in shared memory.
-      interpret: JAX's interpreter does not know MLIR; if set, the same in `jax.numpy`.
     """
-    tokens = values_ref.shape[0]
-    if interpret:
-        return _expand_values(bits_ref[...].reshape(tokens, -1), values_ref[...], channels)
-    result = plgpu.ShapeDtypeStruct((tokens, channels), values_ref.dtype, layout=plgpu.Layout.WGMMA)
+    result = plgpu.ShapeDtypeStruct(
+        (values_ref.shape[0], channels), values_ref.dtype, layout=plgpu.Layout.WGMMA
+    )
     types = (plgpu.RefType(), plgpu.RefType())
     return plgpu.inline_mgpu(arg_types=types, return_type=result)(_expand_registers)(bits_ref, values_ref)
-
-
-def _expand_values(words, values, channels):
-    channel = jnp.arange(channels)
-    bits = (words[:, channel // 32] >> (channel % 32)) & 1
-    place = jnp.maximum(jnp.cumsum(bits, axis=1) - 1, 0)
-    return jnp.where(bits == 1, jnp.take_along_axis(values, place, axis=1), 0)
 
 
 def _expand_registers(ctx, words, values):

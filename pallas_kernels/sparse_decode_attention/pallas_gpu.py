@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import flash_gpu
+from pallas_kernels import flash_gpu, hopper
 from pallas_kernels.flash_gpu import LOG2E, MASKED, ROWS, divide, per_row
 from pallas_kernels.sparse_decode_attention import xla
 from pallas_kernels.sparse_decode_attention.expand import expand
@@ -25,38 +25,29 @@ _TOKENS = 64  # of a tile
 _BLOCKS = 132  # thread blocks to aim at: one for each multiprocessor
 
 
-def paged_unavailable(q, k_pages):
-    """Why `paged` cannot run here, or None."""
-    return flash_gpu.unavailable() or paged_unsupported(q, k_pages)
-
-
-def paged_unsupported(q, k_pages):
-    """Why the kernel does not take these arguments on any GPU, or None."""
+def paged_reason(q, k_pages):
+    """Why `paged` does not take these arguments, or None."""
     page, groups = k_pages.shape[1:3]
     if page % 8 or (page % _TOKENS and _TOKENS % page):
-        return f"it needs pages of 8, 16, 32 or a multiple of {_TOKENS} tokens, not {page}"
-    return _unsupported(q, groups)
+        return f"pages must have 8, 16, 32 or a multiple of {_TOKENS} tokens, got {page}"
+    return _reason(q, groups)
 
 
-def bitmap_unavailable(q, keys, values):
-    """Why `bitmap` cannot run here, or None."""
-    return flash_gpu.unavailable() or bitmap_unsupported(q, keys, values)
-
-
-def bitmap_unsupported(q, keys, values):
-    """Why the kernel does not take these arguments on any GPU, or None."""
+def bitmap_reason(q, keys, values):
+    """Why `bitmap` does not take q and packed keys and values of these shapes, or None."""
     if q.shape[-1] not in (64, 128):
-        return f"it needs heads of 64 or 128 channels, not {q.shape[-1]}"
-    for budget in (keys.values.shape[-1], values.values.shape[-1]):
-        if budget % 8:
-            return f"it needs budgets that are multiples of 8, not {budget}"
-    return _unsupported(q, keys.values.shape[1])
+        return f"heads must have 64 or 128 channels, got {q.shape[-1]}"
+    return (
+        hopper.multiple_reason("the budget of keys", keys[-1], 8)
+        or hopper.multiple_reason("the budget of values", values[-1], 8)
+        or _reason(q, keys[1])
+    )
 
 
-def _unsupported(q, groups):
+def _reason(q, groups):
     if q.shape[1] > groups * ROWS:
-        return f"it needs at most {ROWS} heads that share keys, not {q.shape[1] // groups}"
-    return flash_gpu.unsupported(q.dtype, q.shape[-1])
+        return f"at most {ROWS} heads may share keys, got {q.shape[1] // groups}"
+    return flash_gpu.reason(q.dtype, q.shape[-1])
 
 
 class _Call(NamedTuple):
@@ -73,10 +64,9 @@ class _Call(NamedTuple):
     height: int
     splits: int
     stages: int
-    interpret: Any
 
 
-def paged(q, k_pages, v_pages, page_table, lengths, config, interpret=None):
+def paged(q, k_pages, v_pages, page_table, lengths, config):
     """As `xla.paged`."""
     page = k_pages.shape[1]
     if page > _TOKENS:  # a page is several
@@ -107,11 +97,11 @@ def paged(q, k_pages, v_pages, page_table, lengths, config, interpret=None):
     ring = flash_gpu.tile((stages, _TOKENS, q.shape[-1]), q.dtype)
     scratch = dict(k_smem=ring, v_smem=ring) | _barriers(per_tile, stages)
     tile = lambda s, x, slot: s[f"{x}_smem"].at[slot]  # noqa: E731
-    make = functools.partial(_Call, rings, tile, config, stages=stages, interpret=interpret)
+    make = functools.partial(_Call, rings, tile, config, stages=stages)
     return _run(make, q, tokens, pages.shape[1] // per_tile, (k_pages, v_pages, pages), scratch)
 
 
-def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config, interpret=None):
+def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config):
     """As `xla.bitmap`. Copies the cache first if its length is no multiple of 64."""
     length, channels = k_bits.shape[2], q.shape[-1]
     words = _TOKENS * channels // 32  # of a tile's bitmaps
@@ -134,7 +124,7 @@ def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config, interpret=Non
         return [ring("k", *refs[:2]), ring("v", *refs[2:])]
 
     def tile(s, x, slot):
-        expanded = expand(s[f"{x}_bits"].at[slot], s[f"{x}_values"].at[slot], channels, interpret)
+        expanded = expand(s[f"{x}_bits"].at[slot], s[f"{x}_values"].at[slot], channels)
         s[f"{x}_tile"][...] = expanded
         plgpu.commit_smem()
         return s[f"{x}_tile"]
@@ -148,7 +138,7 @@ def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config, interpret=Non
         scratch[f"{x}_bits"] = plgpu.SMEM((stages, words), jnp.int32)
         scratch[f"{x}_values"] = plgpu.SMEM((stages, _TOKENS, values.shape[-1]), q.dtype)
     scratch |= _barriers(2, stages)
-    make = functools.partial(_Call, rings, tile, config, stages=stages, interpret=interpret)
+    make = functools.partial(_Call, rings, tile, config, stages=stages)
     inputs = as_words(k_bits), padded(k_values), as_words(v_bits), padded(v_values)
     return _run(make, q, jnp.repeat(lengths, q.shape[1]), -(-length // _TOKENS), inputs, scratch)
 
@@ -184,7 +174,6 @@ def _run(make, q, tokens, tiles, inputs, scratch):
         num_threads=2,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=call.interpret,
     )(jnp.pad(q, ((0, 0), (0, 0), (0, height - group), (0, 0))), tokens, *inputs)
     out, lse = xla.merge(out[..., :group, :], lse[..., :group])
     return out.astype(q.dtype), lse
@@ -235,9 +224,7 @@ def _step(call, i, remaining, s, state):
     total = total * decay + weights.sum(axis=1)
     acc *= per_row(decay, acc.shape)
     plgpu.barrier_wait(s["v_ready"].at[slot])
-    acc = flash_gpu.accumulate(
-        acc, weights.astype(s["q_smem"].dtype), call.tile(s, "v", slot), call.interpret
-    )
+    acc = flash_gpu.accumulate(acc, weights.astype(s["q_smem"].dtype), call.tile(s, "v", slot))
     plgpu.barrier_arrive(s["v_free"].at[slot])
     return new_top, total, acc
 

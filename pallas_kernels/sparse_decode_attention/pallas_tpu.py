@@ -11,35 +11,31 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import flash_tpu
-from pallas_kernels.flash_tpu import LANES, MASKED, dot
+from pallas_kernels import flash_tpu, tpu
+from pallas_kernels.flash_tpu import MASKED, dot
 from pallas_kernels.sparse_decode_attention.xla import selected
+from pallas_kernels.tpu import LANES
 
 _TOKENS = 128  # of a tile of packed vectors
 
 
-def paged_unavailable(q, k_pages):
-    """Why `paged` cannot run here, or None."""
-    if reason := flash_tpu.unavailable():
-        return reason
+def paged_reason(q, k_pages):
+    """Why `paged` does not take these arguments, or None."""
     if q.shape[-1] % LANES and k_pages.shape[2] > 1:
         return (
-            f"it needs heads of a multiple of {LANES} channels, not {q.shape[-1]}, or one head in the cache"
+            f"with several heads in the cache their channels must be a multiple of {LANES}, got {q.shape[-1]}"
         )
-    return None
+    return tpu.dtype_reason(q.dtype)
 
 
-def bitmap_unavailable(q, keys, values):
-    """Why `bitmap` cannot run here, or None."""
-    if reason := flash_tpu.unavailable():
-        return reason
-    budgets = [packed.values.shape[-1] for packed in (keys, values)]
+def bitmap_reason(q):
+    """Why `bitmap` does not take these arguments, or None."""
     if q.shape[-1] != LANES:
-        return f"its gathers need heads of {LANES} channels, not {q.shape[-1]}, with budgets {budgets}"
-    return None
+        return f"heads must have {LANES} channels, got {q.shape[-1]}"
+    return tpu.dtype_reason(q.dtype)
 
 
-def paged(q, k_pages, v_pages, page_table, lengths, config, interpret=False):
+def paged(q, k_pages, v_pages, page_table, lengths, config):
     """As `xla.paged`."""
     page, groups, channels = k_pages.shape[1:]
     pages, tokens = selected(page_table, lengths, page)
@@ -49,10 +45,10 @@ def paged(q, k_pages, v_pages, page_table, lengths, config, interpret=False):
         return pool, (None, page, channels), lambda row, index: (index, 0, lax.rem(row, groups))
 
     kernel = functools.partial(_kernel, config, page, lambda ref: ref[...])
-    return _run(kernel, q, pages, tokens, [entry(k_pages), entry(v_pages)], page, interpret)
+    return _run(kernel, q, pages, tokens, [entry(k_pages), entry(v_pages)], page)
 
 
-def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config, interpret=False):
+def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config):
     """As `xla.bitmap`."""
     groups, length = k_bits.shape[1:3]
     tiles = -(-length // _TOKENS)
@@ -68,10 +64,10 @@ def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config, interpret=Fal
     lists = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32), (rows, tiles))
     kernel = functools.partial(_kernel, config, _TOKENS, functools.partial(_expand, q.dtype))
     entries = [entry(x) for x in (k_bits, k_values, v_bits, v_values)]
-    return _run(kernel, q, lists, jnp.repeat(lengths, groups), entries, _TOKENS, interpret)
+    return _run(kernel, q, lists, jnp.repeat(lengths, groups), entries, _TOKENS)
 
 
-def _run(kernel, q, lists, tokens, entries, unit, interpret):
+def _run(kernel, q, lists, tokens, entries, unit):
     shape = q.shape[2:]
     state = (shape[0], LANES)
     out, lse = flash_tpu.over_lists(
@@ -83,7 +79,6 @@ def _run(kernel, q, lists, tokens, entries, unit, interpret):
         outs=[(shape, q.dtype), (state, jnp.float32)],
         scratch=[state, state, shape],
         unit=unit,
-        interpret=interpret,
     )
     return out.reshape(q.shape), lse[..., 0].reshape(q.shape[:3])
 

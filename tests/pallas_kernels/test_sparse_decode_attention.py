@@ -1,26 +1,27 @@
 """Decoding over selected pages and packed caches: the definition against numpy, and implementations against it."""
 
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_checks import assert_close, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import assert_lowers, assert_prints_same
 
+from pallas_kernels import dispatch
 from pallas_kernels import sparse_decode_attention as decode
-from pallas_kernels.sparse_decode_attention import Config, pallas_gpu, pallas_tpu, reference
-
-ON_GPU = jax.default_backend() == "gpu"
-interpreted = pytest.mark.skipif(
-    not ON_GPU and not hasattr(plgpu, "InterpretGPUParams"),
-    reason="JAX before 0.11 cannot interpret Mosaic GPU kernels",
+from pallas_kernels.sparse_decode_attention import (
+    Config,
+    bitmap_reasons,
+    paged_reasons,
+    pallas_gpu,
+    pallas_tpu,
 )
+
+MODULES = {"pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
 
 
 def make_paged(batch, heads, kv_heads, channels, pages, page, slots, dtype=jnp.float32, seed=0):
@@ -54,14 +55,6 @@ def one_query(q, keys, values, scale, soft_cap):
     return weights @ values / weights.sum(), np.log(weights.sum())
 
 
-def close(found, expected, dtype):
-    """Equal up to the rounding of the dtype, -inf where the other is."""
-    tolerance = 2e-5 if dtype == jnp.float32 else 3e-2
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        one, other = (np.asarray(x, np.float32).reshape(np.shape(other)) for x in (one, other))
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
-
-
 def test_the_definition_reads_the_selected_pages():
     q, k, v, table, lengths = make_paged(3, 4, 2, 8, 9, 4, 5)
     table = table.at[2, 1].set(-1)
@@ -76,7 +69,7 @@ def test_the_definition_reads_the_selected_pages():
         ]
         keys, values = (np.array([x[p, o, group] for p, o in seen], np.float64) for x in (k, v))
         expected = one_query(np.asarray(q[b, h], np.float64), keys, values, 0.6, 3.0)
-        close((found[0][b, h], found[1][b, h]), expected, jnp.float32)
+        assert_close((found[0][b, h], found[1][b, h]), expected, jnp.float32)
 
 
 def test_a_cache_that_is_read_as_a_whole_is_dense_attention():
@@ -88,20 +81,29 @@ def test_a_cache_that_is_read_as_a_whole_is_dense_attention():
     expected = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)[:, 0]
     pools = [x.reshape(6, 4, 2, 16) for x in (k, v)]
     table = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
-    close(decode.paged(q[:, 0], *pools, table, lengths)[0], expected, jnp.float32)
+    assert_close(decode.paged(q[:, 0], *pools, table, lengths)[0], expected, jnp.float32)
     packed = [decode.pack(x.swapaxes(1, 2), 16) for x in (k, v)]
-    close(decode.bitmap(q[:, 0], *packed, lengths)[0], expected, jnp.float32)
+    assert_close(decode.bitmap(q[:, 0], *packed, lengths)[0], expected, jnp.float32)
 
 
+# implementation: what; (batch, heads, heads of keys, channels, pages, page, slots), soft cap, dtype
 PAGED = {
-    "holes, an empty sequence": ((3, 4, 2, 16, 9, 4, 7), 2.0, jnp.float32),
-    "long pages": ((2, 2, 2, 8, 3, 200, 2), None, jnp.float32),
-    "one head, bfloat16": ((1, 1, 1, 32, 9, 16, 5), None, jnp.bfloat16),
+    "xla: holes, an empty sequence": ((3, 4, 2, 16, 9, 4, 7), 2.0, jnp.float32),
+    "xla: long pages": ((2, 2, 2, 8, 3, 200, 2), None, jnp.float32),
+    "xla: one head": ((1, 1, 1, 32, 9, 16, 5), None, jnp.bfloat16),
+    "pallas_tpu: holes, an empty sequence": ((3, 6, 2, 128, 9, 8, 5), None, jnp.bfloat16),
+    "pallas_tpu: odd pages": ((2, 2, 1, 16, 9, 5, 3), 2.0, jnp.float32),
+    "pallas_gpu: holes, an empty sequence": ((2, 6, 2, 64, 9, 16, 7), 2.0, jnp.bfloat16),
+    "pallas_gpu: long pages": ((1, 1, 1, 128, 9, 128, 2), None, jnp.float16),
 }
+# (batch, heads, heads of keys, channels, tokens, budgets), soft cap, dtype
 BITMAP = {
-    "odd channels": ((2, 4, 2, 13, 150, (5, 7)), 2.0, jnp.float32),
-    "one token": ((1, 1, 1, 16, 1, (1, 16)), None, jnp.float32),
-    "bfloat16": ((2, 2, 1, 64, 40, (32, 24)), None, jnp.bfloat16),
+    "xla: odd channels": ((2, 4, 2, 13, 150, (5, 7)), 2.0, jnp.float32),
+    "xla: one token": ((1, 1, 1, 16, 1, (1, 16)), None, jnp.float32),
+    "xla: bfloat16": ((2, 2, 1, 64, 40, (32, 24)), None, jnp.bfloat16),
+    "pallas_tpu: bfloat16": ((2, 4, 2, 128, 150, (64, 48)), 2.0, jnp.bfloat16),
+    "pallas_tpu: odd budgets": ((1, 2, 2, 128, 9, (30, 128)), 2.0, jnp.float32),
+    "pallas_gpu: bfloat16": ((1, 3, 1, 64, 150, (32, 24)), None, jnp.bfloat16),
 }
 
 
@@ -114,19 +116,33 @@ def objective(function, *rest, **options):
     return scalar
 
 
+def check(case, dtype, monkeypatch, scalar, floats):
+    """Results and gradients of an implementation are those of the definition."""
+
+    def results(implementation):
+        function = jax.grad(scalar(implementation), (0, 1, 2), has_aux=True)
+        return jax.block_until_ready(jax.jit(function)(*floats))
+
+    implementation = case.split(":")[0]
+    monkeypatch.setattr(pallas_gpu, "_BLOCKS", 8)  # some splits are empty, some hold two tiles
+    with running(implementation, monkeypatch):
+        found = results(implementation)
+    assert_close(found, results("reference"), dtype)
+
+
 @pytest.mark.parametrize("case", PAGED)
-def test_paged_in_xla_equals_the_definition_and_so_do_its_gradients(case):
+def test_paged_equals_the_definition_and_so_do_its_gradients(case, monkeypatch):
     shape, soft_cap, dtype = PAGED[case]
     *floats, table, lengths = make_paged(*shape, dtype=dtype)
-    found, expected = (
-        jax.jit(jax.grad(objective(decode.paged, table, lengths, soft_cap=soft_cap, implementation=name), (0, 1, 2), has_aux=True))(*floats)
-        for name in ("xla", "reference")
-    )  # fmt: skip
-    close(found, expected, dtype)
+
+    def scalar(name):
+        return objective(decode.paged, table, lengths, soft_cap=soft_cap, implementation=name)
+
+    check(case, dtype, monkeypatch, scalar, floats)
 
 
 @pytest.mark.parametrize("case", BITMAP)
-def test_bitmap_in_xla_equals_the_definition_and_so_do_its_gradients(case):
+def test_bitmap_equals_the_definition_and_so_do_its_gradients(case, monkeypatch):
     shape, soft_cap, dtype = BITMAP[case]
     q, keys, values, lengths = make_bitmap(*shape, dtype=dtype)
 
@@ -134,13 +150,10 @@ def test_bitmap_in_xla_equals_the_definition_and_so_do_its_gradients(case):
         packed = keys._replace(values=k), values._replace(values=v)
         return decode.bitmap(q, *packed, lengths, soft_cap=soft_cap, **options)
 
-    found, expected = (
-        jax.jit(jax.grad(objective(attend, implementation=name), (0, 1, 2), has_aux=True))(
-            q, keys.values, values.values
-        )
-        for name in ("xla", "reference")
-    )
-    close(found, expected, dtype)
+    def scalar(name):
+        return objective(attend, implementation=name)
+
+    check(case, dtype, monkeypatch, scalar, (q, keys.values, values.values))
 
 
 def test_gradients_are_those_of_the_softmax():
@@ -159,152 +172,26 @@ def test_gradients_are_those_of_the_softmax():
 
     args = q, keys.values, values.values
     found, expected = (jax.grad(objective(f), (0, 1, 2), has_aux=True)(*args) for f in (ours, dense))
-    close(found, expected, jnp.float32)
-
-
-def kernel_arguments(q, kv_heads, soft_cap):
-    return q.reshape(q.shape[0], kv_heads, -1, q.shape[-1]), Config(q.shape[-1] ** -0.5, soft_cap)
-
-
-def check_paged(module, shape, dtype, soft_cap, interpret):
-    q, k, v, table, lengths = make_paged(*shape, dtype=dtype)
-    q, config = kernel_arguments(q, k.shape[2], soft_cap)
-    found = jax.jit(lambda *args: module.paged(*args, config, interpret=interpret))(q, k, v, table, lengths)
-    close(found, reference.paged(q, k, v, table, lengths, config), dtype)
-
-
-def check_bitmap(module, shape, dtype, soft_cap, interpret):
-    q, keys, values, lengths = make_bitmap(*shape, dtype=dtype)
-    q, config = kernel_arguments(q, keys.values.shape[1], soft_cap)
-    args = (q, *keys, *values, lengths)
-    found = jax.jit(lambda *args: module.bitmap(*args, config, interpret=interpret))(*args)
-    close(found, reference.bitmap(*args, config), dtype)
+    assert_close(found, expected, jnp.float32)
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "soft_cap"),
-    [((3, 6, 2, 128, 9, 8, 5), jnp.bfloat16, None), ((2, 2, 1, 16, 9, 5, 3), jnp.float32, 2.0)],
+    ("implementation", "page"), [("pallas_gpu", 16), ("pallas_gpu", 128), ("pallas_tpu", 16)]
 )
-def test_paged_on_tpus_interpreted(shape, dtype, soft_cap):
-    check_paged(pallas_tpu, shape, dtype, soft_cap, interpret=True)
+def test_paged_is_lowered_without_the_device(implementation, page):
+    *args, table, lengths = make_paged(2, 8, 2, 128, 9, page, 6, dtype=jnp.bfloat16)
+    args[0] = args[0].reshape(2, 2, 4, 128)
+    shapes = [(x.shape, x.dtype) for x in (*args, table, lengths)]
+    paged = MODULES[implementation].paged
+    assert_lowers(implementation, lambda *args: paged(*args, Config(0.1, 30.0)), *shapes)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((2, 4, 2, 128, 150, (64, 48)), jnp.bfloat16), ((1, 2, 2, 128, 9, (30, 128)), jnp.float32)],
-)
-def test_bitmap_on_tpus_interpreted(shape, dtype):
-    check_bitmap(pallas_tpu, shape, dtype, 2.0, interpret=True)
-
-
-@interpreted
-@pytest.mark.parametrize(
-    ("shape", "dtype", "soft_cap"),
-    [
-        ((2, 6, 2, 64, 9, 16, 7), jnp.bfloat16, 2.0),
-        ((1, 1, 1, 128, 9, 128, 2), jnp.float16, None),
-    ],
-)
-def test_paged_on_gpus(shape, dtype, soft_cap, monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "_BLOCKS", 8)  # some splits are empty, some hold two tiles
-    check_paged(pallas_gpu, shape, dtype, soft_cap, None if ON_GPU else plgpu.InterpretGPUParams())
-
-
-@interpreted
-def test_bitmap_on_gpus(monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "_BLOCKS", 4)
-    interpret = None if ON_GPU else plgpu.InterpretGPUParams()
-    check_bitmap(pallas_gpu, (1, 3, 1, 64, 150, (32, 24)), jnp.bfloat16, None, interpret)
-
-
-class InMemory:
-    """What Triton's interpreter asks of a PyTorch tensor, for a numpy array that it reads and writes in place."""
-
-    def __init__(self, array):
-        self.array = array
-        self.dtype = f"torch.{array.dtype.name}"
-
-    def data_ptr(self):
-        return self.array.ctypes.data
-
-    untyped_storage = cpu = new_empty = lambda self, *args, **kwargs: self
-    storage_offset = size = stride = set_ = copy_ = lambda self, *args: None
-
-
-TRITON = """
-import sys
-import jax.numpy as jnp, numpy as np
-sys.path.insert(0, "tests/pallas_kernels")
-import test_sparse_decode_attention as cases
-from pallas_kernels.sparse_decode_attention import reference, triton, xla
-
-for shape, soft_cap in [((2, 6, 2, 20, 150, (7, 20)), 2.0), ((1, 1, 1, 64, 40, (32, 24)), None)]:
-    q, keys, values, lengths = cases.make_bitmap(*shape)
-    q, config = cases.kernel_arguments(q, shape[2], soft_cap)
-    splits = 3
-    outs = [np.zeros((splits, *q.shape), np.float32), np.zeros((splits, *q.shape[:3]), np.float32)]
-    inputs = [np.array(x) for x in (q, *keys, *values, lengths)]
-    known = triton.constants(q, keys.bitmap, keys.values, values.values, config)
-    triton.kernel[(splits, q.shape[0] * q.shape[1])](*map(cases.InMemory, inputs + outs), **known)
-    found = xla.merge(*map(jnp.asarray, outs))
-    cases.close(found, reference.bitmap(q, *keys, *values, lengths, config), np.float32)
-print("same")
-"""
-
-
-def test_bitmap_in_triton_interpreted():
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
-    done = subprocess.run(
-        [sys.executable, "-c", TRITON], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
-
-
-def lowered(platform, function, *args):
-    checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    return jax.export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(
-        *args
-    ).mlir_module()
-
-
-@pytest.mark.parametrize(
-    ("module", "platform", "page", "call"),
-    [(pallas_gpu, "cuda", 16, "mosaic_gpu"), (pallas_gpu, "cuda", 128, "mosaic_gpu"), (pallas_tpu, "tpu", 16, "tpu_custom_call")],
-)  # fmt: skip
-def test_paged_is_lowered_without_the_device(module, platform, page, call):
-    q, k, v, table, lengths = make_paged(2, 8, 2, 128, 9, page, 6, dtype=jnp.bfloat16)
-    q, config = kernel_arguments(q, 2, 30.0)
-    assert call in lowered(platform, lambda *args: module.paged(*args, config), q, k, v, table, lengths)
-
-
-@pytest.mark.parametrize(
-    ("module", "platform", "call"),
-    [(pallas_gpu, "cuda", "mosaic_gpu"), (pallas_tpu, "tpu", "tpu_custom_call")],
-)
-def test_bitmap_is_lowered_without_the_device(module, platform, call):
+@pytest.mark.parametrize("implementation", MODULES)
+def test_bitmap_is_lowered_without_the_device(implementation):
     q, keys, values, lengths = make_bitmap(2, 8, 2, 128, 256, (64, 48), dtype=jnp.bfloat16)
-    q, config = kernel_arguments(q, 2, None)
-    assert call in lowered(platform, lambda *args: module.bitmap(*args, config), q, *keys, *values, lengths)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.data())
-def test_packing_keeps_the_largest_and_is_exact(data):
-    channels = data.draw(st.integers(1, 20))
-    budget = data.draw(st.integers(1, channels))
-    entries = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -3.5, 1e-3])
-    x = np.array(data.draw(st.lists(entries, min_size=channels, max_size=channels)), np.float32)
-    packed = decode.pack(jnp.asarray(x)[None], budget)
-    order = np.lexsort((np.arange(channels), -np.abs(x)))[:budget]
-    kept = np.sort(order[x[order] != 0])
-    bits = np.unpackbits(np.asarray(packed.bitmap[0]), bitorder="little")
-    np.testing.assert_array_equal(np.flatnonzero(bits), kept)
-    np.testing.assert_array_equal(packed.values[0], np.append(x[kept], np.zeros(budget - kept.size)))
-    expected = np.zeros(channels)
-    expected[kept] = x[kept]
-    np.testing.assert_array_equal(decode.unpack(packed, channels)[0], expected)
-    assert packed.bitmap.shape == (1, -(-channels // 8)) and packed.bitmap.dtype == jnp.uint8
+    shapes = [(x.shape, x.dtype) for x in (q.reshape(2, 2, 4, 128), *keys, *values, lengths)]
+    bitmap = MODULES[implementation].bitmap
+    assert_lowers(implementation, lambda *args: bitmap(*args, Config(0.1, None)), *shapes)
 
 
 @settings(deadline=None, max_examples=10)
@@ -321,7 +208,7 @@ def test_any_table(data):
     found, expected = (
         decode.paged(q, k, v, table, lengths, implementation=name) for name in ("xla", "reference")
     )
-    close(found, expected, jnp.float32)
+    assert_close(found, expected, jnp.float32)
 
 
 def test_merged_parts_are_the_whole():
@@ -329,7 +216,7 @@ def test_merged_parts_are_the_whole():
     q, k, v = (rng.normal(size=shape) for shape in ((4,), (9, 4), (9, 4)))
     parts = [one_query(q, k[part], v[part], 1.0, None) for part in (slice(0, 4), slice(4, 4), slice(4, 9))]
     outs, lses = (jnp.asarray(np.array(x), jnp.float32) for x in zip(*parts, strict=True))
-    close(decode.merge(outs, lses), one_query(q, k, v, 1.0, None), jnp.float32)
+    assert_close(decode.merge(outs, lses), one_query(q, k, v, 1.0, None), jnp.float32)
     out, lse = decode.merge(jnp.ones((2, 3, 4)), jnp.full((2, 3), -jnp.inf))
     assert (out == 0).all() and (lse == -jnp.inf).all()
     with pytest.raises(ValueError, match=re.escape("they must be (parts, ..., D) and (parts, ...)")):
@@ -341,21 +228,25 @@ def test_mapped():
     whole = decode.paged(q, k, v, table, lengths)
     split = [x.reshape(2, 2, *x.shape[1:]) for x in (q, table, lengths)]
     shared = jax.vmap(lambda q, table, lengths: decode.paged(q, k, v, table, lengths))(*split)
-    close([x.reshape(-1, *x.shape[2:]) for x in shared], whole, jnp.float32)
+    assert_close([x.reshape(-1, *x.shape[2:]) for x in shared], whole, jnp.float32)
     pools = [jnp.stack([x, 2 * x]) for x in (k, v)]
     own = jax.vmap(decode.paged)(split[0], *pools, *split[1:])
     for i in range(2):
-        close(
+        assert_close(
             [x[i] for x in own],
             decode.paged(split[0][i], pools[0][i], pools[1][i], *(x[i] for x in split[1:])),
             jnp.float32,
         )
     mixed = jax.vmap(decode.paged, (0, 0, None, 0, 0))(split[0], pools[0], v, *split[1:])
-    close([x[1] for x in mixed], decode.paged(split[0][1], 2 * k, v, *(x[1] for x in split[1:])), jnp.float32)
+    assert_close(
+        [x[1] for x in mixed], decode.paged(split[0][1], 2 * k, v, *(x[1] for x in split[1:])), jnp.float32
+    )
     q, keys, values, lengths = make_bitmap(4, 2, 1, 16, 9, (8, 8))
     split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (q, keys, values, lengths))
     mapped = jax.vmap(decode.bitmap)(*split)
-    close([x.reshape(-1, *x.shape[2:]) for x in mapped], decode.bitmap(q, keys, values, lengths), jnp.float32)
+    assert_close(
+        [x.reshape(-1, *x.shape[2:]) for x in mapped], decode.bitmap(q, keys, values, lengths), jnp.float32
+    )
 
 
 SHARDED = """
@@ -376,23 +267,19 @@ rows, pool, table = P("data", "model"), P(None, None, "model"), P("data", "model
 args = cases.make_paged(8, 4, 2, 16, 9, 4, 5)
 sharded = place(args, rows, pool, pool, table, P("data"))
 step = jax.jit(decode.paged)
-cases.close(step(*sharded), decode.paged(*args), np.float32)
+cases.assert_close(step(*sharded), decode.paged(*args), np.float32)
 assert "all-gather" not in step.lower(*sharded).compile().as_text(), "sequences and heads are independent"
 args = cases.make_bitmap(8, 4, 2, 16, 30, (8, 8))
 sharded = place(args, rows, *[table] * 4, P("data"))
 step = jax.jit(decode.bitmap)
-cases.close(step(*sharded), decode.bitmap(*args), np.float32)
+cases.assert_close(step(*sharded), decode.bitmap(*args), np.float32)
 assert "all-gather" not in step.lower(*sharded).compile().as_text(), "sequences and heads are independent"
 print("same")
 """
 
 
 def test_sharded_equals_unsharded():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
+    assert_prints_same(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
 
 
 F32 = np.float32
@@ -427,31 +314,40 @@ def test_bad_pages_are_told_in_one_sentence(change, message):
         decode.paged(**args)
 
 
-def test_bad_packed_caches_are_told_in_one_sentence():
-    q, keys, values, lengths = make_bitmap(2, 4, 2, 16, 9, (8, 8))
-    for args, message in [
-        (
-            (q, keys._replace(bitmap=keys.bitmap[..., :1]), values),
-            "keys.bitmap is uint8 of shape (2, 2, 9, 1)",
-        ),
-        ((q, keys, values._replace(values=values.values[:, :, :4])), "values.values has shape (2, 2, 4, 8)"),
-        ((q[0], keys, values), "they must be (B, H, D), (B, Hkv, T, ceil(D / 8)) and (B, Hkv, T, budget)"),
-        ((q[:, :3], keys, values), "its heads must be a multiple of the 2 heads of the cache"),
-    ]:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            decode.bitmap(*args, lengths)
-    for budget in (0, 17):
-        with pytest.raises(ValueError, match=f"budget is {budget}; it must be from 1 to the 16 channels"):
-            decode.pack(jnp.zeros((2, 16)), budget)
-
-
-def test_why_gpu_kernels_do_not_take_some_arguments():
+def test_why_kernels_do_not_take_some_arguments():
     q = jax.ShapeDtypeStruct((2, 8, 128), jnp.bfloat16)
     pool = jax.ShapeDtypeStruct((9, 16, 2, 128), jnp.bfloat16)
-    assert pallas_gpu.paged_unsupported(q, pool) is None
-    assert "not 12" in pallas_gpu.paged_unsupported(q, pool.update(shape=(9, 12, 2, 128)))
-    assert "not float32" in pallas_gpu.paged_unsupported(q.update(dtype=jnp.float32), pool)
-    assert "not 80" in pallas_gpu.paged_unsupported(q.update(shape=(2, 160, 128)), pool)
-    packed = decode.Packed(None, jax.ShapeDtypeStruct((2, 2, 9, 20), jnp.bfloat16))
-    assert "multiples of 8, not 20" in pallas_gpu.bitmap_unsupported(q, packed, packed)
-    assert "not 96" in pallas_gpu.bitmap_unsupported(q.update(shape=(2, 8, 96)), packed, packed)
+    assert pallas_gpu.paged_reason(q, pool) is pallas_tpu.paged_reason(q, pool) is None
+    assert "tokens, got 12" in pallas_gpu.paged_reason(q, pool.update(shape=(9, 12, 2, 128)))
+    assert "got float32" in pallas_gpu.paged_reason(q.update(dtype=jnp.float32), pool)
+    assert "may share keys, got 80" in pallas_gpu.paged_reason(q.update(shape=(2, 160, 128)), pool)
+    assert "of 128, got 64" in pallas_tpu.paged_reason(q.update(shape=(2, 8, 64)), pool)
+    assert "got float16" in pallas_tpu.paged_reason(q.update(dtype=jnp.float16), pool)
+    cache = (2, 2, 9, 24)
+    assert pallas_gpu.bitmap_reason(q, cache, cache) is pallas_tpu.bitmap_reason(q) is None
+    message = "the budget of values must be a multiple of 8, got 20"
+    assert pallas_gpu.bitmap_reason(q, cache, (2, 2, 9, 20)) == message
+    assert "channels, got 96" in pallas_gpu.bitmap_reason(q.update(shape=(2, 8, 96)), cache, cache)
+    assert "128 channels, got 96" in pallas_tpu.bitmap_reason(q.update(shape=(2, 8, 96)))
+
+
+@pytest.mark.parametrize("implementation", MODULES)
+def test_the_device_picks_its_kernels(implementation, monkeypatch):
+    q, keys, values, _ = make_bitmap(2, 8, 2, 128, 9, (64, 48), dtype=jnp.bfloat16)
+    pool = jax.ShapeDtypeStruct((9, 16, 2, 128), jnp.bfloat16)
+    monkeypatch.setattr(dispatch, f"{implementation[-3:]}_reason", lambda *generations: None)
+    assert dispatch.pick("", None, paged_reasons(q, pool)) == implementation
+    assert dispatch.pick("", None, bitmap_reasons(q, keys, values)) == implementation
+    assert dispatch.pick("", None, paged_reasons(q[..., :80], pool)) == "xla"
+
+
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu", "triton"])
+def test_naming_what_the_device_lacks_says_so(implementation):
+    if jax.default_backend() == ("tpu" if implementation == "pallas_tpu" else "gpu"):
+        pytest.skip("the device is here")
+    args = make_bitmap(2, 4, 2, 16, 9, (8, 8))
+    message = (
+        f"^sparse_decode_attention.bitmap cannot run '{implementation}' here: it needs an? .* JAX runs on "
+    )
+    with pytest.raises(ValueError, match=message):
+        decode.bitmap(*args, implementation=implementation)

@@ -1,57 +1,51 @@
 """The two-pass softmax against float64, for every implementation."""
 
-import os
+import functools
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from attention_checks import running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import assert_lowers, assert_prints_same
 
-from pallas_kernels.softmax import pairs, pallas_gpu, pallas_tpu, softmax, xla
+from pallas_kernels import dispatch, softmax
+from pallas_kernels.softmax import pairs, pallas_gpu, pallas_tpu, xla
 
-ON_GPU = jax.default_backend() == "gpu"
-IMPLEMENTATIONS = ("xla", "reference")
-
-
-def interpreted_gpu(x):
-    if not ON_GPU and not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("JAX before 0.11 cannot interpret Mosaic GPU kernels")
-    return pallas_gpu.softmax(x, interpret=None if ON_GPU else plgpu.InterpretGPUParams())
+IMPLEMENTATIONS = ("xla", "reference", "pallas_tpu", "pallas_gpu")
 
 
-FUNCTIONS = {name: lambda x, name=name: softmax(x, implementation=name) for name in IMPLEMENTATIONS} | {
-    "pallas_tpu, interpreted": lambda x: pallas_tpu.softmax(x, interpret=True),
-    "pallas_gpu, interpreted": interpreted_gpu,
-}
+def run(implementation, monkeypatch, function, *args):
+    """`function(softmax of an implementation)(*args)`, compiled where it can be."""
+    with running(implementation, monkeypatch):
+        compiled = jax.jit(function(functools.partial(softmax, implementation=implementation)))
+        return jax.block_until_ready(compiled(*args))
 
 
 def numbers(shape, scale, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).uniform(-scale, scale, size=shape), dtype)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("shape", "scale", "dtype"),
     [((3, 1000), 1000, jnp.float32), ((5, 256), 8, jnp.bfloat16), ((1, 1), 3, jnp.float32)],
 )
-def test_equals_float64(name, shape, scale, dtype):
+def test_equals_float64(implementation, shape, scale, dtype, monkeypatch):
     x = numbers(shape, scale, dtype)
-    found = jax.jit(FUNCTIONS[name])(x)
+    found = run(implementation, monkeypatch, lambda softmax: softmax, x)
     assert found.dtype == dtype and found.shape == shape
     expected = scipy.special.softmax(np.asarray(x, np.float64), axis=-1)
     rtol, atol = (2e-6, 1e-30) if dtype == jnp.float32 else (1e-2, 1e-30)
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_is_not_an_ordinary_number(name):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_not_an_ordinary_number(implementation, monkeypatch):
     inf, nan = jnp.inf, jnp.nan
     rows = {
         (-inf, 1.0, -inf, 1.0): (0, 0.5, 0, 0.5),
@@ -63,7 +57,7 @@ def test_what_is_not_an_ordinary_number(name):
         (1.0, inf, 2.0, 0.0): (nan,) * 4,
     }
     x = jnp.asarray(np.pad(np.array(list(rows)), ((0, 0), (0, 300)), constant_values=-np.inf), jnp.float32)
-    found = jax.jit(FUNCTIONS[name])(x)[:, :4]
+    found = run(implementation, monkeypatch, lambda softmax: softmax, x)[:, :4]
     np.testing.assert_allclose(found, np.array(list(rows.values())), rtol=1e-6)
 
 
@@ -81,20 +75,21 @@ def test_long_rows_on_tpus(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "_COLUMNS", 256)
     x = numbers((20, 700), 50)
     expected = scipy.special.softmax(np.asarray(x, np.float64), axis=-1)
-    np.testing.assert_allclose(pallas_tpu.softmax(x, interpret=True), expected, rtol=2e-6, atol=1e-30)
+    found = run("pallas_tpu", monkeypatch, lambda softmax: softmax, x)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-30)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradients(dtype):
+def test_gradients(implementation, dtype, monkeypatch):
     x, g = numbers((2, 3, 50), 5, dtype), numbers((2, 3, 50), 1, dtype, seed=1)
     (expected,) = jax.vjp(lambda x: jax.nn.softmax(x.astype(jnp.float32)).astype(dtype), x)[1](g)
-    for name in IMPLEMENTATIONS:
-        (found,) = jax.vjp(FUNCTIONS[name], x)[1](g)
-        assert found.dtype == dtype
-        tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
-        np.testing.assert_allclose(
-            *(np.asarray(v, np.float32) for v in (found, expected)), rtol=tolerance, atol=tolerance
-        )
+    (found,) = run(implementation, monkeypatch, lambda softmax: lambda x, g: jax.vjp(softmax, x)[1](g), x, g)
+    assert found.dtype == dtype
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+    np.testing.assert_allclose(
+        *(np.asarray(v, np.float32) for v in (found, expected)), rtol=tolerance, atol=tolerance
+    )
 
 
 @settings(deadline=None, max_examples=100)
@@ -122,15 +117,24 @@ def test_any_shape(rows, columns, scale):
     np.testing.assert_allclose(softmax(x, implementation="xla"), expected, rtol=2e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize(
-    ("module", "platform", "call"),
-    [(pallas_gpu, "cuda", "mosaic_gpu"), (pallas_tpu, "tpu", "tpu_custom_call")],
-)
+@pytest.mark.parametrize("module", [pallas_gpu, pallas_tpu])
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 5000), jnp.float32), ((64, 4096), jnp.bfloat16)])
-def test_kernels_are_lowered_without_the_device(module, platform, call, shape, dtype):
-    checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
-    export = jax.export.export(jax.jit(module.softmax), platforms=[platform], disabled_checks=checks)
-    assert call in export(jax.ShapeDtypeStruct(shape, dtype)).mlir_module()
+def test_kernels_are_lowered_without_the_device(module, shape, dtype):
+    assert_lowers(module.__name__.split(".")[-1], module.softmax, (shape, dtype))
+
+
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_tpu"])
+def test_kernels_are_mapped(implementation, monkeypatch):
+    x = numbers((2, 3, 10), 5)
+    found = run(implementation, monkeypatch, lambda softmax: jax.vmap(softmax, 1, 1), x)
+    np.testing.assert_allclose(found, jax.nn.softmax(x, axis=-1), rtol=1e-6)
+
+
+def test_what_kernels_do_not_take_xla_does(monkeypatch):
+    monkeypatch.setattr(dispatch, "tpu_reason", lambda: None)
+    with pytest.raises(ValueError, match="must be bfloat16 or float32, got float16"):
+        softmax(jnp.zeros((2, 3), jnp.float16), implementation="pallas_tpu")
+    np.testing.assert_allclose(softmax(jnp.zeros((2, 4), jnp.float16)), 0.25)
 
 
 def test_mapped():
@@ -145,7 +149,7 @@ def test_mapped():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from pallas_kernels.softmax import softmax
+from pallas_kernels import softmax
 
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 x = jax.random.normal(jax.random.key(0), (8, 6, 64))
@@ -161,11 +165,7 @@ print("same")
 
 
 def test_sharded_equals_unsharded():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
+    assert_prints_same(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,11 @@ def test_sharded_equals_unsharded():
         (np.float32(1), None, "x has shape (); it must be (..., K) with no empty axis"),
         (np.zeros((2, 0), np.float32), None, "x has shape (2, 0); it must be (..., K) with no empty axis"),
         (np.zeros((2, 3), np.int32), None, "x is int32; it must be bfloat16, float16 or float32"),
-        (np.zeros((2, 3), np.float32), "pallas_tpu", "softmax cannot run 'pallas_tpu' here: it needs a TPU"),
+        (
+            np.zeros((2, 3), np.float32),
+            "pallas_tpu",
+            "softmax cannot run 'pallas_tpu' here: it needs a TPU, and JAX runs on",
+        ),
         (np.zeros((2, 3), np.float32), "triton", "softmax has no implementation 'triton'"),
     ],
 )
