@@ -6,6 +6,7 @@ two passes are enough. Rescaling a sum to a new exponent is exact.
 """
 
 import functools
+import string
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,12 @@ def softmax(x, *, implementation: str | None = None):
         "reference": None,
     }
     name = dispatch.pick(OP, implementation, reasons)
-    return _softmax(x.reshape(-1, x.shape[-1]), name).reshape(x.shape)
+    return _softmax(jnp.atleast_2d(x), name).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _softmax(x, name):
-    return _kernel(name)(x)[0]
+    return _kernel(name, x.ndim)(x)[0]
 
 
 def _forward(x, name):
@@ -69,5 +70,11 @@ _softmax.defvjp(_forward, _backward)
 
 
 @functools.lru_cache(maxsize=None)
-def _kernel(name):
-    return independent(lambda x: (dispatch.module(OP, name).softmax(x),), "rk -> rk", "r")
+def _kernel(name, axes):
+    """An implementation for arrays of some axes. They become rows on each device: rows of a mesh are not contiguous."""
+    rows = string.ascii_letters[: axes - 1]
+
+    def function(x):
+        return (dispatch.module(OP, name).softmax(x.reshape(-1, x.shape[-1])).reshape(x.shape),)
+
+    return independent(function, f"{rows}Z -> {rows}Z", rows)

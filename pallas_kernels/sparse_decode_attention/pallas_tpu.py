@@ -111,10 +111,10 @@ def _expand(dtype, bits_ref, values_ref):
     tokens, budget = values_ref.shape
     lane = lax.broadcasted_iota(jnp.int32, (tokens, LANES), 1)
     from_, to = (lax.broadcasted_iota(jnp.int32, (bits_ref.shape[1], LANES), axis) for axis in (0, 1))
-    spread = (from_ == to // 8).astype(jnp.bfloat16)
+    spread = (from_ == to >> 3).astype(jnp.bfloat16)
     # products of integers up to 256 are exact
     byte = dot(bits_ref[...].astype(jnp.bfloat16), spread, 1, 0).astype(jnp.int32)
-    stored = (byte >> (lane % 8)) & 1
+    stored = (byte >> (lane & 7)) & 1
     from_, to = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
     before = dot(stored.astype(jnp.bfloat16), (from_ < to).astype(jnp.bfloat16), 1, 0).astype(jnp.int32)
     from_, to = (lax.broadcasted_iota(jnp.int32, (budget, LANES), axis) for axis in (0, 1))

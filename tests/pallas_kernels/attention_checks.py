@@ -1,11 +1,13 @@
 """What the tests of attention kernels share."""
 
 import contextlib
+import os
 
 import jax
 import jax.numpy as jnp
 import kernel_checks
 import numpy as np
+import pytest
 
 from pallas_kernels import batching, flash_gpu
 from pallas_kernels.sparse_decode_attention import pallas_gpu as decode_gpu
@@ -22,6 +24,8 @@ def running(implementation, monkeypatch):
     if implementation not in kernel_checks.PLATFORMS:
         yield
         return
+    if implementation == "pallas_gpu" and jax.default_backend() != "gpu" and "NPROC" not in os.environ:
+        pytest.skip("interpreted in a process of its own, see test_gpu_interpreted")
     with kernel_checks.running(implementation, monkeypatch):
         if jax.default_backend() != kernel_checks.BACKENDS[implementation]:
             monkeypatch.setattr(batching, "_partitioner_asks", lambda: False)

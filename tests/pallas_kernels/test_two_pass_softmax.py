@@ -92,7 +92,7 @@ def test_gradients(implementation, dtype, monkeypatch):
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=8), st.floats(-80, 80, width=32))
 def test_pairs_are_exponentials(values, shift):
     x = np.array(values, np.float32)
@@ -109,7 +109,7 @@ def test_pairs_are_exponentials(values, shift):
     np.testing.assert_allclose(np.ldexp(np.float64(folded[0]), int(folded[1])), whole, rtol=2e-6)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(st.integers(1, 5), st.integers(1, 400), st.floats(0.1, 1000))
 def test_any_shape(rows, columns, scale):
     x = numbers((rows, columns), scale)
@@ -159,7 +159,7 @@ for spec in (P("data", "model"), P(("data", "model")), P(None, None, "model")):
     for one, other in zip(step(sharded), step(x), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     gathers = "all-gather" in jax.jit(softmax).lower(sharded).compile().as_text()
-    assert gathers == (spec == P(None, None, "model")), "rows are independent"
+    assert gathers == (spec == P(None, None, "model")), f"rows are independent, but not for {spec}"
 print("same")
 """
 
