@@ -71,11 +71,12 @@ def test_long_rows_are_taken_in_slices():
     assert "stablehlo.while" in text
 
 
-def test_long_rows_on_tpus(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "_COLUMNS", 256)
+@pytest.mark.parametrize("module", [pallas_gpu, pallas_tpu])
+def test_kernels_take_long_rows_in_slices(module, monkeypatch):
+    monkeypatch.setattr(module, "_COLUMNS", 256)
     x = numbers((20, 700), 50)
     expected = scipy.special.softmax(np.asarray(x, np.float64), axis=-1)
-    found = run("pallas_tpu", monkeypatch, lambda softmax: softmax, x)
+    found = run(module.__name__.split(".")[-1], monkeypatch, lambda softmax: softmax, x)
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-30)
 
 
