@@ -4,9 +4,21 @@ In a folder: `reference` (plain jnp, the oracle), `xla` (fast everywhere), `pall
 `bench`. The public operation picks one of them, see `dispatch`, or runs the one that `implementation` names.
 """
 
+from pallas_kernels import sparse_decode_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_matmul import block_sparse_matmul
 from pallas_kernels.csr_matmul import csr_matmul
 from pallas_kernels.nm_matmul import nm_matmul
 from pallas_kernels.sampled_matmul import block_sampled_matmul, sampled_matmul
+from pallas_kernels.softmax import softmax
 
-__all__ = ["block_sampled_matmul", "block_sparse_matmul", "csr_matmul", "nm_matmul", "sampled_matmul"]
+__all__ = [
+    "block_sampled_matmul",
+    "block_sparse_attention",
+    "block_sparse_matmul",
+    "csr_matmul",
+    "nm_matmul",
+    "sampled_matmul",
+    "softmax",
+    "sparse_decode_attention",
+]

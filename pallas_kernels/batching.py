@@ -35,9 +35,7 @@ def independent(function, rule: str, axes: str, merge=None):
 
     @custom_vmap
     def mapped(*args):
-        manual = [kind == AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types]
-        # the partitioner does not call us back where only some axes of the mesh are manual
-        return (function if any(manual) and not all(manual) else sharded)(*args)
+        return (sharded if _partitioner_asks() else function)(*args)
 
     @mapped.def_vmap
     def _(size, is_mapped, *args):
@@ -45,6 +43,12 @@ def independent(function, rule: str, axes: str, merge=None):
         return tuple(out.reshape(size, -1, *out.shape[1:]) for out in outs), (True,) * len(outs)
 
     return mapped
+
+
+def _partitioner_asks():
+    """Whether the compiler asks how to shard a function: not where only some axes of the mesh are manual."""
+    manual = [kind == AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types]
+    return all(manual) or not any(manual)
 
 
 def _merge(size, is_mapped, args):
