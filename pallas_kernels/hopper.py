@@ -27,7 +27,7 @@ def multiple_reason(what: str, size: int, multiple: int):
 
 
 def k_multiple(dtype) -> int:
-    """The contracted size of a wgmma: 32 bytes."""
+    """The contracted size of a wgmma: 32 bytes, which are also the shortest rows of a swizzled tile."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
