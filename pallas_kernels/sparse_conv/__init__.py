@@ -103,7 +103,9 @@ def pattern_conv(
     dtype = jnp.result_type(x, values)
     x = jnp.pad(x.astype(dtype), ((0, 0), *pads, (0, 0)))
     values = jnp.where((positions >= 0)[..., None, None], values, 0).astype(dtype)
-    name = dispatch.pick(OP, implementation, _pattern_reasons(x.shape, values.shape, kernel_size, strides, dtype))
+    name = dispatch.pick(
+        OP, implementation, _pattern_reasons(x.shape, values.shape, kernel_size, strides, dtype)
+    )
     y = _pattern(x, values, positions, kernel_size, strides, name)
     found = jnp.where(channels < 0, features, channels).reshape(-1)
     source = jnp.full(features, found.size).at[found].set(jnp.arange(found.size), mode="drop")
@@ -121,7 +123,9 @@ def _check_input(x, values, name, ndim, axes):
 
 def _check_indices(name, indices, shape):
     if indices.shape != shape or not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers of shape {shape}, got {indices.dtype} of shape {indices.shape}")
+        raise ValueError(
+            f"{name} must be integers of shape {shape}, got {indices.dtype} of shape {indices.shape}"
+        )
 
 
 def _pointwise_reasons(pixels, values, dtype):
@@ -141,7 +145,9 @@ def _pattern_reasons(x, values, kernel_size, strides, dtype):
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _pointwise(pixels, values, indices, implementation: str):
     """`(I, pixels)` to `(B r, pixels)`."""
-    return dispatch.module(OP, implementation).pointwise(pixels, values, jnp.maximum(indices, 0), lengths(indices))
+    return dispatch.module(OP, implementation).pointwise(
+        pixels, values, jnp.maximum(indices, 0), lengths(indices)
+    )
 
 
 def _pointwise_forward(pixels, values, indices, implementation):

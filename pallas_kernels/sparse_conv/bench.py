@@ -1,4 +1,4 @@
-"""Bench of `sparse_conv` and `pattern_conv` against the dense convolution, and for 1 x 1 on CPUs scipy's CSR and BSR."""
+"""Bench of `sparse_conv` and `pattern_conv` against dense, and for 1 x 1 on CPUs scipy's CSR and BSR."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,12 @@ def cases(size: int | None = None):
     """Layers with `size` input and output channels on images of 28 x 28, of which one is a batch on CPUs."""
     on_gpu = jax.default_backend() == "gpu"
     size = size or 512
-    common = {"size": size, "batch": 64 if on_gpu else 1, "image": 28, "dtype": "bfloat16" if on_gpu else "float32"}
+    common = {
+        "size": size,
+        "batch": 64 if on_gpu else 1,
+        "image": 28,
+        "dtype": "bfloat16" if on_gpu else "float32",
+    }
     for block, density in ((1, 0.1), (2, 0.1), (4, 0.1), (4, 0.05), (16, 0.1)):
         yield common | {"kernel": 1, "block": block, "density": density, "gradients": False}
     for strides in (1, 2):

@@ -27,7 +27,9 @@ def pack_pointwise(kernel, mask=None, *, block: int | None = None):
     """
     kernel, mask = _arrays(kernel, mask)
     if kernel.shape[:2] != (1, 1):
-        raise ValueError(f"the kernel must be of shape (1, 1, input channels, output channels), got {kernel.shape}")
+        raise ValueError(
+            f"the kernel must be of shape (1, 1, input channels, output channels), got {kernel.shape}"
+        )
     kernel, mask = kernel[0, 0].T, mask[0, 0].T
     if block is None:
         block = next(size for size in BLOCKS if _violation(mask, size) is None)
@@ -123,7 +125,9 @@ def _arrays(kernel, mask):
     if kernel.ndim != 4 or 0 in kernel.shape:
         raise ValueError(f"the kernel must be of shape (height, width, inputs, outputs), got {kernel.shape}")
     if mask.shape != kernel.shape or mask.dtype != bool:
-        raise ValueError(f"the mask must be bools of shape {kernel.shape}, got {mask.dtype} of shape {mask.shape}")
+        raise ValueError(
+            f"the mask must be bools of shape {kernel.shape}, got {mask.dtype} of shape {mask.shape}"
+        )
     return kernel, mask
 
 

@@ -43,12 +43,9 @@ def pattern_reason(x, values, kernel_size, strides, dtype):
     del kernel_size, strides
     if values[3] > hopper.MAX_WIDTH:
         return f"blocks may have at most {hopper.MAX_WIDTH} filters, got {values[3]}"
-    return (
-        hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16, jnp.float32)
-        or hopper.multiple_reason("the input channels", values[2], hopper.k_multiple(dtype))
-        or hopper.multiple_reason("the filters of a block", values[3], 8)
-        or (None if x[0] else "there are no images")
-    )
+    if not x[0]:
+        return "there are no images"
+    return hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 @sequential_vmap
@@ -100,16 +97,21 @@ def _load_row(ref, row, here):
 def pattern(x, values, positions, lengths, kernel_size, strides):
     """Padded `(batch, H, W, I)` to `(batch, H', W', B r)`."""
     height, width = out_size(x.shape, kernel_size, strides)
+    (blocks, _, inputs, filters), multiple = values.shape, hopper.k_multiple(x.dtype)
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -inputs % multiple),))
+    values = jnp.pad(values, ((0, 0), (0, 0), (0, -inputs % multiple), (0, -filters % multiple)))
     images, source, row = shifted(x, positions, kernel_size, strides, 8)
     copies, batch, rows, line, inputs = images.shape
     tiles = pl.cdiv(batch * rows * line, COMPUTE * HALF)
-    needed = tiles * COMPUTE * HALF + (rows - height) * line  # by the last tile, at the last row of the kernel
+    needed = (
+        tiles * COMPUTE * HALF + (rows - height) * line
+    )  # by the last tile, at the last row of the kernel
     images = images.reshape(copies, -1, inputs)
     images = jnp.pad(images, ((0, 0), (0, needed - images.shape[1]), (0, 0)))
     products = sequential_vmap(partial(_products, tiles))
     y = products(images, values, source, row * line, lengths)
-    y = y[: batch * rows * line].reshape(batch, rows, line, -1)
-    return y[:, :height, :width]
+    y = y[: batch * rows * line].reshape(batch, rows, line, blocks, -1)
+    return y[:, :height, :width, :, :filters].reshape(batch, height, width, blocks * filters)
 
 
 def _products(tiles: int, x, values, source, offset, lengths):
@@ -160,9 +162,7 @@ def _products(tiles: int, x, values, source, offset, lengths):
             multiply,
             grid=(lengths_ref[block], inputs // step),
             in_specs=[
-                plgpu.BlockSpec(
-                    (None, pl.Element(tile), step), x_tile, transforms=operand, delay_release=1
-                ),
+                plgpu.BlockSpec((None, pl.Element(tile), step), x_tile, transforms=operand, delay_release=1),
                 plgpu.BlockSpec((None, None, *stored), stored_tile, transforms=operand, delay_release=1),
             ],
             max_concurrent_steps=STAGES,

@@ -53,7 +53,11 @@ def pattern_reason(x, values, kernel_size, strides, dtype):
     size = jnp.dtype(dtype).itemsize
     needed = 2 * size * inputs * (copies * rows * line + values[1] * filters)
     needed += (4 + 2 * size) * height * line * filters
-    return None if needed <= MEMORY else f"an image must fit into {MEMORY} bytes of vector memory, needs {needed}"
+    return (
+        None
+        if needed <= MEMORY
+        else f"an image must fit into {MEMORY} bytes of vector memory, needs {needed}"
+    )
 
 
 @sequential_vmap
@@ -128,7 +132,9 @@ def _products(height: int, images, values, source, row, lengths):
             at = block * kept + p
             shifted_rows = images_ref[source_ref[at], 0, pl.ds(row_ref[at], height)]
             sum_ref[...] += jnp.dot(
-                shifted_rows.reshape(height * line, step), values_ref[0, p], preferred_element_type=jnp.float32
+                shifted_rows.reshape(height * line, step),
+                values_ref[0, p],
+                preferred_element_type=jnp.float32,
             )
 
         lax.fori_loop(0, lengths_ref[block], add, None)

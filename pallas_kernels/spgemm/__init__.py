@@ -2,8 +2,8 @@
 
 The work has two phases. The symbolic one, `spgemm_plan`, finds where the product has entries; it runs on the host with
 exact sizes, or under `jax.jit` with bounds. The numeric one fills in the values; it compiles once for given sizes and
-is differentiable. With `sum(g * data)` linear in both factors' values and in g, each of its partial derivatives is again
-a product of two sparse matrices at the places of a third:
+is differentiable. With `sum(g * data)` linear in both factors' values and in g, each of its partial derivatives is
+again a product of two sparse matrices at the places of a third:
 
   for a   g @ b.T at a's entries
   for b   a.T @ g at b's entries
@@ -71,7 +71,9 @@ def check_csr(name: str, matrix):
             f"data and indices of {name} must be vectors of one length, got shapes {data.shape} and {indices.shape}"
         )
     if indptr.ndim != 1 or indptr.size < 2:
-        raise ValueError(f"indptr of {name} must be a vector of one more than its rows, got shape {indptr.shape}")
+        raise ValueError(
+            f"indptr of {name} must be a vector of one more than its rows, got shape {indptr.shape}"
+        )
     if not jnp.issubdtype(data.dtype, jnp.floating):
         raise ValueError(f"data of {name} must be floats, got {data.dtype}")
     if not all(jnp.issubdtype(array.dtype, jnp.integer) for array in (indices, indptr)):

@@ -96,9 +96,7 @@ def _tiles(x, y, order, count):
         kernel,
         compiler_params=hopper.LANE,
         out_type=jax.ShapeDtypeStruct((x.shape[0], columns * WIDTH), dtype),
-        scratch_types=[
-            plgpu.SMEM((COMPUTE, HALF, WIDTH), dtype, transforms=hopper.transforms(dtype, WIDTH))
-        ],
+        scratch_types=[plgpu.SMEM((COMPUTE, HALF, WIDTH), dtype, transforms=hopper.transforms(dtype, WIDTH))],
         grid=order.shape[:2],
         grid_names=("row", "column"),
         num_threads=COMPUTE + 1,

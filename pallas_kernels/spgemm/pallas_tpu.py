@@ -1,10 +1,10 @@
 """Products of sparse matrices on TPU: dense tiles in vector memory as the scratchpad, tiles without entries skipped.
 
 One grid step multiplies one tile of each factor on the matrix unit, for a tile of the product whose steps follow each
-other; a prefetched schedule names the tiles that have entries in both factors, and repeats the last one, so that nothing
-is fetched for the steps that remain. XLA gathers the product's entries afterwards. TensorCores gather no single numbers,
-so this is all that sparsity can save here: it costs the memory of three dense matrices, and the time of a dense product
-unless entries cluster.
+other; a prefetched schedule names the tiles that have entries in both factors, and repeats the last one, so that
+nothing is fetched for the steps that remain. XLA gathers the product's entries afterwards. TensorCores gather no single
+numbers, so this is all that sparsity can save here: it costs the memory of three dense matrices, and the time of a
+dense product unless entries cluster.
 """
 
 import jax

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 
 def dense(values, place, shape):
-    """The dense matrix with `values` at the rows and columns `place`; padding, with rows beyond the last, is dropped."""
+    """The dense matrix with `values` at the rows and columns `place`; padding, in rows beyond the last, is dropped."""
     return jnp.zeros(shape, jnp.float32).at[place].add(values, mode="drop").astype(values.dtype)
 
 

@@ -32,7 +32,9 @@ class SpgemmPlan(NamedTuple):
     target: jax.Array
 
 
-def spgemm_plan(a, b, *, columns: int, capacity: int | None = None, products: int | None = None) -> SpgemmPlan:
+def spgemm_plan(
+    a, b, *, columns: int, capacity: int | None = None, products: int | None = None
+) -> SpgemmPlan:
     """The symbolic phase of `spgemm`; it reads indices, not data.
 
     Args:
@@ -43,7 +45,7 @@ def spgemm_plan(a, b, *, columns: int, capacity: int | None = None, products: in
         means no list, where there are so many that dense tiles are faster.
 
     Raises:
-      ValueError: one sentence, if an index or `columns` is out of range, a bound is too small or is missing under `jax.jit`.
+      ValueError: one sentence, if an index or `columns` is out of range, or a bound is too small or missing.
     """
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
@@ -129,7 +131,9 @@ def _bounded(a, b, capacity, products):
     new = jnp.concatenate([jnp.ones(1, bool), (row[1:] != row[:-1]) | (column[1:] != column[:-1])])
     entry = jnp.cumsum(new) - 1
     target = jnp.where(row < rows, jnp.minimum(entry, capacity), capacity)
-    starts = jnp.zeros(rows + 1, jnp.int32).at[row + 1].add((new & (row < rows)).astype(jnp.int32), mode="drop")
+    starts = (
+        jnp.zeros(rows + 1, jnp.int32).at[row + 1].add((new & (row < rows)).astype(jnp.int32), mode="drop")
+    )
     indptr = jnp.cumsum(starts)
     indptr = indptr.at[-1].max(jnp.where(ends[-1] > products, capacity + 1, 0))
     indices = jnp.zeros(capacity, jnp.int32).at[target].set(column.astype(jnp.int32), mode="drop")

@@ -1,4 +1,4 @@
-"""Which dense tiles of two sparse matrices are multiplied for each tile of their product: those with entries in both."""
+"""Which dense tiles of two sparse matrices each tile of their product needs: those with entries in both."""
 
 import jax.numpy as jnp
 

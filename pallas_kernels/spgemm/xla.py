@@ -1,7 +1,7 @@
 """Products of sparse matrices in XLA: two gathers and one sum by target along the list of products.
 
-The list costs 12 bytes for each product, and the time follows its length; a plan without a list is multiplied dense, for
-which both factors and the product are laid out in full.
+The list costs 12 bytes for each product, and the time follows its length. With a plan that has no list, both factors
+and the product are laid out in full.
 """
 
 import jax.numpy as jnp

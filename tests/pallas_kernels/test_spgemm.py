@@ -1,4 +1,4 @@
-"""Products of sparse matrices against scipy, their kernels interpreted and lowered, their gradients against autodiff."""
+"""Products of sparse matrices against scipy, kernels interpreted and lowered, gradients against autodiff."""
 
 import importlib
 import os
@@ -19,7 +19,9 @@ from pallas_kernels import spgemm, spgemm_plan
 from pallas_kernels.spgemm import bench, reference, tiles
 from pallas_kernels.spgemm.symbolic import coordinates
 
-KERNELS = {name: importlib.import_module(f"pallas_kernels.spgemm.{name}") for name in ("pallas_gpu", "pallas_tpu")}
+KERNELS = {
+    name: importlib.import_module(f"pallas_kernels.spgemm.{name}") for name in ("pallas_gpu", "pallas_tpu")
+}
 
 
 def factors(rows, inner, columns, density=0.3, seed=0):
@@ -117,7 +119,9 @@ def test_gradients_equal_autodiff_of_the_dense_product(implementation, products)
     places = [coordinates(*each) for each in (left[1:], right[1:], (plan.indices, plan.indptr))]
 
     def ours(x, y):
-        data, _, _ = spgemm((x, *left[1:]), (y, *right[1:]), columns=5, plan=plan, implementation=implementation)
+        data, _, _ = spgemm(
+            (x, *left[1:]), (y, *right[1:]), columns=5, plan=plan, implementation=implementation
+        )
         return jnp.sin(data).sum()
 
     def theirs(x, y):
@@ -190,9 +194,7 @@ def test_gradients_and_vmap_of_kernels(name, monkeypatch):
     plan = spgemm_plan(left, right, columns=5, products=0)
 
     def total(x, y, name):
-        found, _, _ = spgemm(
-            (x, *left[1:]), (y, *right[1:]), columns=5, plan=plan, implementation=name
-        )
+        found, _, _ = spgemm((x, *left[1:]), (y, *right[1:]), columns=5, plan=plan, implementation=name)
         return jnp.sin(found).sum()
 
     many = jnp.stack([left[0], 2 * left[0]])
@@ -235,7 +237,9 @@ print("same")
 
 def test_sharded_equals_unsharded():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
 
 
@@ -273,25 +277,39 @@ def test_bad_input():
 
     entries, products = plan.indices.size, plan.left.size or int(np.diff(b[2])[a[1]].sum())
     assert message(a[:2], b, columns=5) == "a must be (data, indices, indptr), got 2 arrays"
-    assert message(a, (b[0][1:], *b[1:]), columns=5).startswith("data and indices of b must be vectors of one")
-    assert message((*a[:2], a[2][:1]), b, columns=5).startswith("indptr of a must be a vector of one more than")
+    assert message(a, (b[0][1:], *b[1:]), columns=5).startswith(
+        "data and indices of b must be vectors of one"
+    )
+    assert message((*a[:2], a[2][:1]), b, columns=5).startswith(
+        "indptr of a must be a vector of one more than"
+    )
     assert message((a[1], *a[1:]), b, columns=5) == "data of a must be floats, got int32"
-    assert message((a[0], a[0], a[2]), b, columns=5).startswith("indices and indptr of a must be integers, got")
+    assert message((a[0], a[0], a[2]), b, columns=5).startswith(
+        "indices and indptr of a must be integers, got"
+    )
     assert message(a, b, columns=0) == "columns must be at least 1, got 0"
     wrong = b[1].at[3].set(5)
-    assert message(a, (b[0], wrong, b[2]), columns=5) == "the columns of b must be in [0, 5), got 5 at entry 3"
+    assert (
+        message(a, (b[0], wrong, b[2]), columns=5) == "the columns of b must be in [0, 5), got 5 at entry 3"
+    )
     assert message(a, b, columns=5, capacity=2) == (
         f"capacity and products must be at least {entries} and {products}, got 2 and {plan.left.size}"
     )
-    assert message(a, b, columns=5, plan=plan, capacity=9).startswith("a plan has its own bounds, but capacity 9")
+    assert message(a, b, columns=5, plan=plan, capacity=9).startswith(
+        "a plan has its own bounds, but capacity 9"
+    )
     other = spgemm_plan(*map(arrays, factors(3, 8, 5)), columns=5)
     assert message(a, b, columns=5, plan=other) == "the plan must be for 6 rows, but it is for 3"
-    with pytest.raises(ValueError, match="under jax.jit a plan needs its capacity and a number of products above 0"):
+    with pytest.raises(
+        ValueError, match="under jax.jit a plan needs its capacity and a number of products above 0"
+    ):
         jax.jit(lambda a, b: spgemm(a, b, columns=5))(a, b)
     assert message(a, b, columns=5, implementation="pallas_tpu").startswith(
         "spgemm cannot run 'pallas_tpu' here: it needs a TPU, and JAX runs on"
     )
-    assert message(a, b, columns=5, implementation="hash").startswith("spgemm has no implementation 'hash' (known: ")
+    assert message(a, b, columns=5, implementation="hash").startswith(
+        "spgemm has no implementation 'hash' (known: "
+    )
 
 
 def test_the_bench_agrees_with_dense():
