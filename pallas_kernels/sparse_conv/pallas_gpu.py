@@ -41,8 +41,9 @@ def pointwise_reason(pixels, values, dtype):
 def pattern_reason(x, values, kernel_size, strides, dtype):
     """Why packed filters of this shape cannot run on padded images, or None."""
     del kernel_size, strides
-    if values[3] > hopper.MAX_WIDTH:
-        return f"blocks may have at most {hopper.MAX_WIDTH} filters, got {values[3]}"
+    limit = hopper.MAX_WIDTH * 2 // max(2, jnp.dtype(dtype).itemsize)  # whose tiles fit into shared memory
+    if values[3] > limit:
+        return f"blocks may have at most {limit} filters, got {values[3]}"
     if not x[0]:
         return "there are no images"
     return hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16, jnp.float32)
