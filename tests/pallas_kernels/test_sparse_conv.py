@@ -102,7 +102,7 @@ def test_patterns(size, block, implementation, dtype):
         assert_close(y, dense(x, kernel, strides, padding), dtype, 2)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(st.data())
 def test_any_shape(data):
     inputs, features, block = (data.draw(st.integers(1, 6)) for _ in range(3))
