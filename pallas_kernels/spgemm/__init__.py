@@ -57,7 +57,8 @@ def spgemm(a, b, *, columns: int, plan=None, capacity=None, products=None, imple
     lists = plan.left, plan.right, plan.target
     sizes = rows, inner, columns
     name = dispatch.pick(OP, implementation, _reasons(sizes, dtype, lists))
-    data = _product(a[0].astype(dtype), b[0].astype(dtype), places, lists, sizes, name)
+    x, y = (jnp.asarray(each[0], dtype) for each in (a, b))
+    data = _product(x, y, places, lists, sizes, name)
     return data, plan.indices, plan.indptr
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Where more than one in so many of the M K N scalar products remain, dense tiles beat a list of them.
+# Where more than one in so many of the M K N scalar products remain, a dense product beats a list of them: on two CPU
+# cores one of the list takes from 5 ns, in cache, to 25 ns, a dense one 0.02 ns.
 DENSE = 500
 
 

@@ -95,7 +95,12 @@ def test_masks_that_have_no_such_pattern():
         "a filter must keep the same positions in all input channels, but position (0, 2) of output channel 5 is kept "
         "for input channel 0 and not for 3"
     )
-    mask = np.ones((3, 3, 4, 6), bool)
+    mask = np.ones(kernel.shape, bool)
+    mask[1, 1, 0, 2] = False
+    assert error(pack_pattern, kernel, mask).endswith(
+        "position (1, 1) of output channel 2 is kept for input channel 1 and not for 0"
+    )
+    mask = np.ones(kernel.shape, bool)
     for channel in range(6):
         mask[channel // 3, channel % 3, :, channel] = False
     assert error(pack_pattern, kernel, mask, patterns=4) == (
