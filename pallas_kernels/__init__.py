@@ -11,14 +11,23 @@ from pallas_kernels.csr_matmul import csr_matmul
 from pallas_kernels.nm_matmul import nm_matmul
 from pallas_kernels.sampled_matmul import block_sampled_matmul, sampled_matmul
 from pallas_kernels.softmax import softmax
+from pallas_kernels.sparse_conv import pack_pattern, pack_pointwise, pattern_conv, sparse_conv
+from pallas_kernels.spgemm import SpgemmPlan, spgemm, spgemm_plan
 
 __all__ = [
+    "SpgemmPlan",
     "block_sampled_matmul",
     "block_sparse_attention",
     "block_sparse_matmul",
     "csr_matmul",
     "nm_matmul",
+    "pack_pattern",
+    "pack_pointwise",
+    "pattern_conv",
     "sampled_matmul",
     "softmax",
+    "sparse_conv",
     "sparse_decode_attention",
+    "spgemm",
+    "spgemm_plan",
 ]
