@@ -8,7 +8,7 @@ import importlib
 
 import jax
 
-IMPLEMENTATIONS = ("reference", "xla", "numba", "pallas_gpu", "pallas_tpu", "triton")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton")
 
 
 def pick(op, implementation, reasons):

@@ -54,8 +54,8 @@ TABLE = Table(
     ),
     about="The product of a float32 input with a 2048x2048 weight, `sparsejax.matmul` against the dense product "
     "in XLA, measured alternately in one process, medians. The speed-up is dense time over packed time. Masks "
-    "are by magnitude of normal weights; seeds are processes' own weights. Unstructured weights are in CSR and "
-    "multiplied in numba; scipy multiplies with one thread and has the weight in the order it likes best; BCOO is "
+    "are by magnitude of normal weights; seeds are processes' own weights. Unstructured weights are in CSR, "
+    "one row for each output, and multiplied by jaxlib's kernel; scipy multiplies with one thread and has the weight in the order it likes best; BCOO is "
     "`jax.experimental.sparse`. The papers' own figures are for int8 and other machines, and not comparable.",
     base=ml_collections.ConfigDict(
         {

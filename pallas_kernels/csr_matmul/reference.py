@@ -3,29 +3,29 @@
 import jax.numpy as jnp
 
 
-def rows_of(indices, indptr):
-    """The row of each stored entry, `(nnz,)`."""
-    rows = jnp.arange(indptr.shape[0] - 1, dtype=jnp.int32)
-    return jnp.repeat(rows, jnp.diff(indptr), total_repeat_length=indices.shape[0])
+def outputs_of(indices, indptr):
+    """The output of each stored entry, `(nnz,)`."""
+    outputs = jnp.arange(indptr.shape[0] - 1, dtype=jnp.int32)
+    return jnp.repeat(outputs, jnp.diff(indptr), total_repeat_length=indices.shape[0])
 
 
-def dense(data, indices, indptr, columns: int):
-    """The dense weight, `(K, columns)`."""
-    weight = jnp.zeros((indptr.shape[0] - 1, columns), data.dtype)
-    where = weight.at[rows_of(indices, indptr), indices]
+def dense(data, indices, indptr, inputs: int):
+    """The dense W.T, `(N, inputs)`."""
+    weight = jnp.zeros((indptr.shape[0] - 1, inputs), data.dtype)
+    where = weight.at[outputs_of(indices, indptr), indices]
     return where.set(data, unique_indices=True, indices_are_sorted=True)
 
 
-def matmul(x, data, indices, indptr, columns: int):
+def matmul(x, data, indices, indptr):
     """`x @ W`."""
-    return x @ dense(data, indices, indptr, columns)
+    return x @ dense(data, indices, indptr, x.shape[1]).T
 
 
-def matmul_transposed(g, data, indices, indptr):
+def matmul_transposed(g, data, indices, indptr, inputs: int):
     """`g @ W.T`."""
-    return g @ dense(data, indices, indptr, g.shape[1]).T
+    return g @ dense(data, indices, indptr, inputs)
 
 
 def sampled(x, g, indices, indptr):
     """`x.T @ g` at the stored entries."""
-    return (x.T @ g)[rows_of(indices, indptr), indices]
+    return (g.T @ x)[outputs_of(indices, indptr), indices]

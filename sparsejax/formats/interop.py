@@ -11,7 +11,7 @@ from jax.experimental import sparse
 
 from sparsejax.formats.base import Packed
 from sparsejax.formats.block import BlockCSR, BlockSparseArray
-from sparsejax.formats.csr import CSRArray
+from sparsejax.formats.csr import CSRArray, starts
 
 
 def to_scipy(w: Packed):
@@ -24,7 +24,7 @@ def to_scipy(w: Packed):
         return scipy.sparse.bsr_array((_for_scipy(blocks), indices, indptr), w.matrix_shape)
     csr = as_csr(w)
     parts = (_for_scipy(csr.data), np.asarray(csr.indices), np.asarray(csr.indptr))
-    return scipy.sparse.csr_array(parts, w.matrix_shape)
+    return scipy.sparse.csc_array(parts, w.matrix_shape).tocsr()
 
 
 def from_scipy(matrix) -> Packed:
@@ -43,7 +43,7 @@ def from_scipy(matrix) -> Packed:
         return BlockSparseArray.from_block_csr(
             BlockCSR(matrix.data, matrix.indices, matrix.indptr), matrix.shape
         )
-    matrix = matrix.tocsr(copy=True)
+    matrix = matrix.tocsc(copy=True)
     matrix.sum_duplicates()
     return CSRArray.from_parts(matrix.data, matrix.indices, matrix.indptr, matrix.shape)
 
@@ -51,8 +51,9 @@ def from_scipy(matrix) -> Packed:
 def to_bcoo(w: Packed) -> sparse.BCOO:
     """`jax.experimental.sparse.BCOO` with sorted, unique indices."""
     csr = as_csr(w)
-    indices = jnp.stack([csr.row_of_entries(), csr.indices], axis=1)
-    return sparse.BCOO((csr.data, indices), shape=w.matrix_shape, indices_sorted=True, unique_indices=True)
+    indices = jnp.stack([csr.indices, csr.output_of_entries()], axis=1)
+    by_output = sparse.BCOO((csr.data, indices), shape=w.matrix_shape, unique_indices=True)
+    return by_output.sort_indices()
 
 
 def from_bcoo(matrix: sparse.BCOO) -> CSRArray:
@@ -70,16 +71,14 @@ def from_bcoo(matrix: sparse.BCOO) -> CSRArray:
     indices = np.asarray(matrix.indices)
     inside = (indices < matrix.shape).all(axis=1)
     rows, columns = indices[inside].T
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=matrix.shape[0]))])
-    return CSRArray.from_parts(np.asarray(matrix.data)[inside], columns, indptr, matrix.shape)
+    order = np.lexsort((rows, columns))
+    data = np.asarray(matrix.data)[inside][order]
+    return CSRArray.from_parts(data, rows[order], starts(columns[order], matrix.shape[1]), matrix.shape)
 
 
 def to_bcsr(w: Packed) -> sparse.BCSR:
     """`jax.experimental.sparse.BCSR` with sorted, unique indices."""
-    csr = as_csr(w)
-    return sparse.BCSR(
-        (csr.data, csr.indices, csr.indptr), shape=w.matrix_shape, indices_sorted=True, unique_indices=True
-    )
+    return sparse.BCSR.from_bcoo(to_bcoo(w))
 
 
 def from_bcsr(matrix: sparse.BCSR) -> CSRArray:

@@ -57,7 +57,7 @@ def _bitmap(x, w):
 
 
 def _csr(x, w):
-    return csr_matmul(x, w.data, w.columns, w.indptr, columns=w.matrix_shape[1])
+    return csr_matmul(x, w.data, w.inputs, w.indptr)
 
 
 _PRODUCTS = {NMArray: _nm, BlockSparseArray: _block, BitmapArray: _bitmap, CSRArray: _csr}

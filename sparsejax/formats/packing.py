@@ -22,7 +22,7 @@ import numpy as np
 from sparsejax.formats.base import Packed, inner_rows, is_packed, matrix_shape, on_host
 from sparsejax.formats.bitmap import BitmapArray
 from sparsejax.formats.block import BlockSparseArray, ell_length, find_block
-from sparsejax.formats.csr import CSRArray, column_dtype
+from sparsejax.formats.csr import CSRArray, input_dtype
 from sparsejax.formats.nm import NMArray, find_nm
 from sparsejax.masks import (
     best_rule,
@@ -193,7 +193,7 @@ def _pick(w, mask, name: str) -> tuple[str, str]:
     sizes = {
         "dense": dense,
         "bitmap": kept * item + -(-keep.size // 8),
-        "csr": kept * (item + column_dtype(n).itemsize) + 4 * (k + 1),
+        "csr": kept * (item + input_dtype(k).itemsize) + 4 * (n + 1),
     }
     listed = ", ".join(f"{format} {size:,}" for format, size in sizes.items())
     return min(sizes, key=sizes.get), f"{kept / keep.size:.1%} kept; the smallest of {listed} bytes"

@@ -35,24 +35,24 @@ def test_bitmap_layout(seed, rows, columns, density):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 11), DENSITY)
-def test_csr_layout_is_that_of_scipy(seed, rows, columns, density):
+def test_csr_layout_is_that_of_scipys_transposed(seed, rows, columns, density):
     w, mask = case(seed, rows, columns, density)
-    packed, reference = CSRArray.from_dense(w, mask), scipy.sparse.csr_array(w * mask)
+    packed, reference = CSRArray.from_dense(w, mask), scipy.sparse.csr_array((w * mask).T)
     np.testing.assert_array_equal(packed.data, reference.data)
     np.testing.assert_array_equal(packed.indices, reference.indices)
     np.testing.assert_array_equal(packed.indptr, reference.indptr)
-    assert packed.columns.dtype == jnp.uint16 and packed.indices.dtype == packed.indptr.dtype == jnp.int32
-    assert packed.nbytes == mask.sum() * (4 + 2) + 4 * (rows + 1)
-    np.testing.assert_array_equal(packed.row_of_entries(), np.nonzero(mask)[0])
+    assert packed.inputs.dtype == jnp.uint16 and packed.indices.dtype == packed.indptr.dtype == jnp.int32
+    assert packed.nbytes == mask.sum() * (4 + 2) + 4 * (columns + 1)
+    np.testing.assert_array_equal(packed.output_of_entries(), np.nonzero(mask.T)[0])
 
 
-@pytest.mark.parametrize(("columns", "dtype"), [(2**16, jnp.uint16), (2**16 + 1, jnp.int32)])
-def test_columns_are_as_wide_as_needed(columns, dtype):
-    mask = np.zeros((2, columns), bool)
-    mask[1, -1] = True
+@pytest.mark.parametrize(("inputs", "dtype"), [(2**16, jnp.uint16), (2**16 + 1, jnp.int32)])
+def test_inputs_are_as_wide_as_needed(inputs, dtype):
+    mask = np.zeros((inputs, 2), bool)
+    mask[-1, 1] = True
     packed = CSRArray.from_dense(np.full(mask.shape, 3.0, np.float32), mask)
-    assert packed.columns.dtype == dtype and packed.indices.tolist() == [columns - 1]
-    assert packed.to_dense()[1, -1] == 3.0 and packed.mask().sum() == 1
+    assert packed.inputs.dtype == dtype and packed.indices.tolist() == [inputs - 1]
+    assert packed.to_dense()[-1, 1] == 3.0 and packed.mask().sum() == 1
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64])
@@ -73,16 +73,18 @@ def test_sums_of_half_precision_are_in_float32():
 
 
 def test_broken_leaves_are_found():
-    w, mask = case(2, 3, 5, 0.0)
-    mask[0, 2] = mask[0, 4] = mask[2, 1] = True
+    w, mask = case(2, 5, 3, 0.0)
+    mask[2, 0] = mask[4, 0] = mask[1, 2] = True
     good = CSRArray.from_dense(w, mask)
-    for columns in ([4, 2, 1], [2, 2, 1], [2, 5, 1]):
-        with pytest.raises(ValueError, match="columns of x must ascend in each row and lie between 0 and 4"):
-            CSRArray.from_parts(good.data, columns, good.indptr, good.shape).check("x")
+    for inputs in ([4, 2, 1], [2, 2, 1], [2, 5, 1]):
+        with pytest.raises(
+            ValueError, match="inputs of x must ascend for each output and lie between 0 and 4"
+        ):
+            CSRArray.from_parts(good.data, inputs, good.indptr, good.shape).check("x")
     for indptr in ([0, 2, 2, 2], [1, 2, 2, 3], [0, 3, 2, 3]):
         with pytest.raises(ValueError, match="indptr of x must ascend from 0 to its 3 entries"):
-            CSRArray.from_parts(good.data, good.columns, indptr, good.shape).check("x")
-    with pytest.raises(ValueError, match="columns of x must be uint16, but it is int32"):
+            CSRArray.from_parts(good.data, good.inputs, indptr, good.shape).check("x")
+    with pytest.raises(ValueError, match="inputs of x must be uint16, but it is int32"):
         CSRArray(good.data, good.indices, good.indptr, good.shape).check("x")
 
     good = BitmapArray.from_dense(w, mask)

@@ -179,7 +179,7 @@ def test_products_in_half_precision(format, dtype):
     w, mask, packed = example(format, CASES[format][1][0], dtype)
     k, n = packed.matrix_shape
     dense = np.where(mask, np.asarray(w, np.float64), 0).reshape(k, n)
-    for rows in (1, 200):  # CSR multiplies one by one, and then unpacked
+    for rows in (1, 200):
         x = weight(np.random.default_rng(3), (rows, k), dtype)
         y = formats.matmul(x, packed)
         assert y.dtype == dtype and formats.matmul(x.astype(jnp.float32), packed).dtype == jnp.float32
@@ -257,7 +257,7 @@ def test_bad_input(format):
     message = f"x of shape (2, 7) does not fit a weight of shape {w.shape}: the last axis of x must be"
     with pytest.raises(ValueError, match=re.escape(message)):
         formats.matmul(jnp.ones((2, 7)), packed)
-    with pytest.raises(ValueError, match=r"(data|columns|values|blocks) of a/kernel must have shape \("):
+    with pytest.raises(ValueError, match=r"(data|inputs|values|blocks) of a/kernel must have shape \("):
         packed.with_data(packed.data[:-1]).check("a/kernel")
 
 
@@ -299,12 +299,12 @@ def test_any_shape_and_pattern(data):
     np.testing.assert_allclose(formats.matmul(x, packed), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("columns", "index"), [(7, 2), (2**16, 2), (2**16 + 1, 4)])
-def test_bytes_by_hand(columns, index):
-    w, mask = jnp.zeros((4, columns)), np.zeros((4, columns), bool)
-    mask[1, :5] = True
+@pytest.mark.parametrize(("inputs", "index"), [(7, 2), (2**16, 2), (2**16 + 1, 4)])
+def test_bytes_by_hand(inputs, index):
+    w, mask = jnp.zeros((inputs, 4)), np.zeros((inputs, 4), bool)
+    mask[:5, 1] = True
     assert formats.pack(w, mask, "csr").nbytes == 5 * (4 + index) + 5 * 4
-    assert formats.pack(w, mask, "bitmap").nbytes == 5 * 4 + -(-4 * columns // 8)
+    assert formats.pack(w, mask, "bitmap").nbytes == 5 * 4 + -(-4 * inputs // 8)
 
 
 SHARDING = """

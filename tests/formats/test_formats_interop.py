@@ -52,7 +52,7 @@ def test_duplicates_and_disorder_of_scipy():
     packed = formats.from_scipy(coo)
     assert packed.data.tolist() == [2.0, 5.0]
     csr = scipy.sparse.csr_array((np.array([1.0, 2.0]), [2, 0], [0, 2]), (1, 3))
-    assert formats.from_scipy(csr).columns.tolist() == [0, 2]
+    assert formats.from_scipy(csr).to_dense().tolist() == [[2.0, 0.0, 1.0]]
     assert csr.indices.tolist() == [2, 0]  # what is given is left as it is
     blocks = np.arange(12.0).reshape(3, 2, 2)
     bsr = scipy.sparse.bsr_array((blocks, [1, 0, 1], [0, 3]), (2, 4))
