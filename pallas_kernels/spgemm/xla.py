@@ -21,4 +21,4 @@ def product(x, y, places, lists, sizes):
 
 
 def _take(values, places):
-    return values.at[places].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.asarray(values).at[places].get(mode="fill", fill_value=0).astype(jnp.float32)
