@@ -14,7 +14,7 @@ FORMATS = {
     "blocks of 128x128": {"pattern": "block:128x128", "format": "block:128x128"},
 }
 # N:M has the sparsities that N and M give.
-NM = {0.5: "2:4", 0.75: "1:4", 0.875: "1:8", 0.9375: "1:16", 0.96875: "1:32"}
+NM = {0.5: "2:4", 0.75: "1:4", 0.96875: "1:32"}
 PEERS = {"unstructured, scipy": "scipy", "unstructured, BCOO": "BCOO"}
 BATCHES = (256, 1)
 SPEEDUP, MEMORY, ERROR = "speedup", "memory", "max_error"
