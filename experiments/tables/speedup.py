@@ -1,4 +1,4 @@
-"""What sparsity pays on a CPU: packed products against dense ones, by format; five minutes on two otherwise idle cores
+"""What sparsity pays on a CPU: packed products against dense ones, by format; three minutes on two otherwise idle cores
 (`--jobs=1`)."""
 
 import ml_collections
