@@ -178,6 +178,7 @@ def test_kernels_are_lowered_without_the_device(implementation, dtype, blocks):
     assert_lowers(implementation, lambda *args: module.backward(*args, config), *arrays)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=6)
 @given(st.data())
 def test_any_shape_and_mask(data):

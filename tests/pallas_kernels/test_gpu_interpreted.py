@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 FILES = ("test_block_sparse_attention.py", "test_sparse_decode_attention.py", "test_two_pass_softmax.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="here they run compiled")
 @pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"),

@@ -195,6 +195,7 @@ def test_bitmap_is_lowered_without_the_device(implementation):
     assert_lowers(implementation, lambda *args: bitmap(*args, Config(0.1, None)), *shapes)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.data())
 def test_any_table(data):

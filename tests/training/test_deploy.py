@@ -63,6 +63,7 @@ def test_a_run_with_n_of_m_keeps_its_pattern_in_the_sweep(tiny, tmp_path, capsys
     assert "dense_0/kernel  2:4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_parameterization_is_deployed_as_its_weights(tiny, tmp_path):
     config = tiny(
         method={"name": "dense"},
