@@ -3,10 +3,15 @@
 import inspect
 import math
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 MAX_WIDTH = 256  # columns of one wgmma
+COMPUTE = 2  # warpgroups that multiply
+STAGES = 3  # pairs of tiles that are loaded ahead
 # Layouts are stated, not inferred: inference does not end for kernels with many registers.
 LANE = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
@@ -52,3 +57,74 @@ def load(ref, layout, optimized: bool = True):
 def pad_rows(x, multiple: int = 8):
     """`x` with rows of zeros up to a multiple: tiles of shared memory are loaded from whole groups of eight rows."""
     return jnp.pad(x, ((0, -x.shape[0] % multiple), (0, 0)))
+
+
+def tiled_products(body, shape, tile, grid, dtype):
+    """The kernel `body(row, column, *arrays, y, out)`, run for every tile of its result; its last step is `sum_tiles`.
+
+    Args:
+      body: of the tile's place in the grid, the arrays and the result in global memory, and scratch memory.
+      shape: of the result, in whole tiles; the rows may end early.
+      tile: its rows, `COMPUTE` times those of a warpgroup, and columns.
+      grid: how many tiles there are, by rows and columns.
+    """
+    half, width = tile[0] // COMPUTE, tile[1]
+
+    def kernel(*refs):
+        body(lax.axis_index("row"), lax.axis_index("column"), *refs)
+
+    return plgpu.kernel(
+        kernel,
+        compiler_params=LANE,
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        scratch_types=[plgpu.SMEM((COMPUTE, half, width), dtype, transforms=transforms(dtype, width))],
+        grid=grid,
+        grid_names=("row", "column"),
+        num_threads=COMPUTE + 1,
+        thread_name="group",
+    )
+
+
+def sum_tiles(place, x, weight, y, out, steps, *, transposed: bool):
+    """Writes the tile of `y` at `place` in the grid: the sum over `steps` of products of tiles of two arrays.
+
+    A memory warpgroup brings in the pairs of tiles, the others multiply their rows of them by wgmma.
+
+    Args:
+      place: row and column of the tile.
+      x, weight: pairs of an array in global memory and the BlockSpec of its tiles, of which the second is multiplied
+        transposed if `transposed`; both give back what they hold one step late.
+      y: the result in global memory.
+      out: `(COMPUTE, rows of a warpgroup, columns)` in shared memory.
+      steps: the grid of the sum.
+    """
+    (row, column), group = place, lax.axis_index("group")
+    _, half, width = out.shape
+    mine = pl.ds(group * half, half)
+
+    def multiply(_, x_tile, weight_tile, total):
+        plgpu.wgmma(total, x_tile.at[mine], weight_tile.T if transposed else weight_tile)
+        plgpu.wgmma_wait(1)
+        return total
+
+    def accumulate(pipeline):
+        def scope(total):
+            pipeline(total)
+            out[group] = total[...].astype(out.dtype)
+            plgpu.commit_smem()
+            rows = pl.ds((row * COMPUTE + group) * half, half)
+            plgpu.copy_smem_to_gmem(out.at[group], y.at[rows, pl.ds(column * width, width)])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(scope, plgpu.ACC((half, width), jnp.float32))
+
+    plgpu.emit_pipeline_warp_specialized(
+        multiply,
+        grid=steps,
+        in_specs=[x[1], weight[1]],
+        max_concurrent_steps=STAGES,
+        memory_registers=40,
+        wg_axis="group",
+        num_compute_wgs=COMPUTE,
+        compute_context=accumulate,
+    )(x[0], weight[0])

@@ -9,17 +9,12 @@ float32 operands are rounded to tf32, and wgmma wants them contiguous along the 
 transposed beforehand where they are not.
 """
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_matmul.schedule import schedule
-
-COMPUTE = 2  # warpgroups that multiply
-STAGES = 3
 
 
 def reason(batch: int, shape, dtype, transposed: bool):
@@ -59,15 +54,12 @@ def _products(x, blocks, plan, targets: int, transposed: bool):
     step = hopper.tile_k(inner, dtype)
     per_block = inner // step
     half = 128 if batch > 128 and outer <= 128 and dtype != jnp.float32 else 64
-    tile = COMPUTE * half
+    tile = hopper.COMPUTE * half
     stored = (outer, step) if transposed else (step, outer)
     operand = hopper.transforms(dtype, step, stored[1])
-    result = hopper.transforms(dtype, outer)
 
-    def kernel(x_ref, blocks_ref, order_ref, source_ref, starts_ref, y_ref, out):
-        row, target, group = (lax.axis_index(name) for name in ("row", "target", "group"))
+    def kernel(row, target, x_ref, blocks_ref, order_ref, source_ref, starts_ref, y_ref, out):
         first = starts_ref[target]
-        mine = pl.ds(group * half, half)
 
         def x_tile(i, part):
             return row, source_ref[first + i] * per_block + part
@@ -75,44 +67,16 @@ def _products(x, blocks, plan, targets: int, transposed: bool):
         def stored_tile(i, part):
             return order_ref[first + i], *((0, part) if transposed else (part, 0))
 
-        def multiply(_, x_tile, stored_tile, total):
-            plgpu.wgmma(total, x_tile.at[mine], stored_tile.T if transposed else stored_tile)
-            plgpu.wgmma_wait(1)
-            return total
+        hopper.sum_tiles(
+            (row, target),
+            (x_ref, plgpu.BlockSpec((tile, step), x_tile, transforms=operand, delay_release=1)),
+            (blocks_ref, plgpu.BlockSpec((None, *stored), stored_tile, transforms=operand, delay_release=1)),
+            y_ref,
+            out,
+            (starts_ref[target + 1] - first, per_block),
+            transposed=transposed,
+        )
 
-        def accumulate(pipeline):
-            def scope(total):
-                pipeline(total)
-                out[group] = total[...].astype(dtype)
-                plgpu.commit_smem()
-                rows = pl.ds(row * tile + group * half, half)
-                plgpu.copy_smem_to_gmem(out.at[group], y_ref.at[rows, pl.ds(target * outer, outer)])
-                plgpu.wait_smem_to_gmem(0)
-
-            pl.run_scoped(scope, plgpu.ACC((half, outer), jnp.float32))
-
-        plgpu.emit_pipeline_warp_specialized(
-            multiply,
-            grid=(starts_ref[target + 1] - first, per_block),
-            in_specs=[
-                plgpu.BlockSpec((tile, step), x_tile, transforms=operand, delay_release=1),
-                plgpu.BlockSpec((None, *stored), stored_tile, transforms=operand, delay_release=1),
-            ],
-            max_concurrent_steps=STAGES,
-            memory_registers=40,
-            wg_axis="group",
-            num_compute_wgs=COMPUTE,
-            compute_context=accumulate,
-        )(x_ref, blocks_ref)
-
-    run = plgpu.kernel(
-        kernel,
-        compiler_params=hopper.LANE,
-        out_type=jax.ShapeDtypeStruct((x.shape[0], targets * outer), dtype),
-        scratch_types=[plgpu.SMEM((COMPUTE, half, outer), dtype, transforms=result)],
-        grid=(pl.cdiv(x.shape[0], tile), targets),
-        grid_names=("row", "target"),
-        num_threads=COMPUTE + 1,
-        thread_name="group",
-    )
+    shape, grid = (x.shape[0], targets * outer), (pl.cdiv(x.shape[0], tile), targets)
+    run = hopper.tiled_products(kernel, shape, (tile, outer), grid, dtype)
     return run(x, blocks, plan.order, plan.source, plan.starts)[:batch]

@@ -6,12 +6,12 @@ which Mosaic lacks, make decompression unnecessary. The parts are added up by XL
 """
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
+from pallas_kernels import triton_call
 from pallas_kernels.nm_matmul.layout import index_bits
 
 ROWS = 16  # of x, at most
@@ -29,21 +29,7 @@ def reason(x_shape, values_shape, dtype, n: int, m: int):
         return f"n must be a power of two and m one of 2, 4, 16 and 256, got {n}:{m}"
     if jnp.dtype(dtype).name not in ("bfloat16", "float16", "float32"):
         return f"its operands must be bfloat16, float16 or float32, got {jnp.dtype(dtype).name}"
-    return _package_reason()
-
-
-@functools.cache
-def _package_reason():
-    try:
-        import jax_triton
-    except ImportError as error:
-        return f"jax-triton cannot be imported ({error})"
-    if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
-        return (
-            f"jax-triton {jax_triton.__version__} does not work with JAX {jax.__version__}, whose rules for dead code "
-            "take another argument"
-        )
-    return None
+    return triton_call.reason()
 
 
 def matmul(x, values, indices, n: int, m: int, compute_capability: int | None = None):
@@ -60,25 +46,19 @@ def matmul(x, values, indices, n: int, m: int, compute_capability: int | None = 
 
 
 def _product(x, values, indices, n, m, compute_capability):
-    import jax_triton
-
     from pallas_kernels.nm_matmul.triton_kernel import nm_kernel
 
     known = constants(x.shape, values.shape, n, m)
     programs = grid(known)
-    out = jax.ShapeDtypeStruct((programs[1], x.shape[0], values.shape[1]), jnp.float32)
-    # The keyword's name before jax-triton 0.4.
-    keywords = inspect.signature(jax_triton.triton_call).parameters
-    y = jax_triton.triton_call(
+    y = triton_call.call(
+        nm_kernel,
         x,
         values,
         indices,
-        kernel=nm_kernel,
+        out=jax.ShapeDtypeStruct((programs[1], x.shape[0], values.shape[1]), jnp.float32),
         grid=programs,
-        num_warps=4,
-        **known,
-        **{"out_type" if "out_type" in keywords else "out_shape": out},
-        **({"compute_capability": compute_capability} if compute_capability else {}),
+        constants=known,
+        compute_capability=compute_capability,
     )
     return jnp.sum(y, axis=0).astype(x.dtype)
 

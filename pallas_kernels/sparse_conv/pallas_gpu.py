@@ -24,9 +24,7 @@ from pallas_kernels.sparse_conv.geometry import out_size, shifted
 PIXELS = 512  # of a thread block, four for each thread
 UNROLL = 4  # rows of pixels on their way at a time
 MAX_CHANNELS = 16  # whose sums fit into registers
-COMPUTE = 2  # warpgroups that multiply
-HALF = 64  # rows of each
-STAGES = 3
+TILE = 64 * hopper.COMPUTE  # rows
 
 
 def pointwise_reason(pixels, values, dtype):
@@ -103,10 +101,8 @@ def pattern(x, values, positions, lengths, kernel_size, strides):
     values = jnp.pad(values, ((0, 0), (0, 0), (0, -inputs % multiple), (0, -filters % multiple)))
     images, source, row = shifted(x, positions, kernel_size, strides, 8)
     copies, batch, rows, line, inputs = images.shape
-    tiles = pl.cdiv(batch * rows * line, COMPUTE * HALF)
-    needed = (
-        tiles * COMPUTE * HALF + (rows - height) * line
-    )  # by the last tile, at the last row of the kernel
+    tiles = pl.cdiv(batch * rows * line, TILE)
+    needed = tiles * TILE + (rows - height) * line  # by the last tile, at the last row of the kernel
     images = images.reshape(copies, -1, inputs)
     images = jnp.pad(images, ((0, 0), (0, needed - images.shape[1]), (0, 0)))
     products = sequential_vmap(partial(_products, tiles))
@@ -129,58 +125,29 @@ def _products(tiles: int, x, values, source, offset, lengths):
     blocks, _, inputs, width = values.shape
     transposed = dtype == jnp.float32  # wgmma wants those contiguous along the input channels
     values = values.swapaxes(2, 3) if transposed else values
-    step, tile = hopper.tile_k(inputs, dtype), COMPUTE * HALF
+    step, tile = hopper.tile_k(inputs, dtype), TILE
     stored = (width, step) if transposed else (step, width)
     operand = hopper.transforms(dtype, step, stored[1])
 
-    def kernel(x_ref, values_ref, source_ref, offset_ref, lengths_ref, y_ref, out):
-        row, block, group = (lax.axis_index(name) for name in ("row", "block", "group"))
-        mine = pl.ds(group * HALF, HALF)
-
+    def kernel(row, block, x_ref, values_ref, source_ref, offset_ref, lengths_ref, y_ref, out):
         def x_tile(p, k):
             return source_ref[block, p], pl.multiple_of(row * tile + offset_ref[block, p], 8), k
 
         def stored_tile(p, k):
             return block, p, *((0, k) if transposed else (k, 0))
 
-        def multiply(_, x_tile, stored_tile, total):
-            plgpu.wgmma(total, x_tile.at[mine], stored_tile.T if transposed else stored_tile)
-            plgpu.wgmma_wait(1)
-            return total
+        x_spec = plgpu.BlockSpec((None, pl.Element(tile), step), x_tile, transforms=operand, delay_release=1)
+        stored_spec = plgpu.BlockSpec((None, None, *stored), stored_tile, transforms=operand, delay_release=1)
+        hopper.sum_tiles(
+            (row, block),
+            (x_ref, x_spec),
+            (values_ref, stored_spec),
+            y_ref,
+            out,
+            (lengths_ref[block], inputs // step),
+            transposed=transposed,
+        )
 
-        def accumulate(pipeline):
-            def scope(total):
-                pipeline(total)
-                out[group] = total[...].astype(dtype)
-                plgpu.commit_smem()
-                rows = pl.ds(row * tile + group * HALF, HALF)
-                plgpu.copy_smem_to_gmem(out.at[group], y_ref.at[rows, pl.ds(block * width, width)])
-                plgpu.wait_smem_to_gmem(0)
-
-            pl.run_scoped(scope, plgpu.ACC((HALF, width), jnp.float32))
-
-        plgpu.emit_pipeline_warp_specialized(
-            multiply,
-            grid=(lengths_ref[block], inputs // step),
-            in_specs=[
-                plgpu.BlockSpec((None, pl.Element(tile), step), x_tile, transforms=operand, delay_release=1),
-                plgpu.BlockSpec((None, None, *stored), stored_tile, transforms=operand, delay_release=1),
-            ],
-            max_concurrent_steps=STAGES,
-            memory_registers=40,
-            wg_axis="group",
-            num_compute_wgs=COMPUTE,
-            compute_context=accumulate,
-        )(x_ref, values_ref)
-
-    run = plgpu.kernel(
-        kernel,
-        compiler_params=hopper.LANE,
-        out_type=jax.ShapeDtypeStruct((tiles * tile, blocks * width), dtype),
-        scratch_types=[plgpu.SMEM((COMPUTE, HALF, width), dtype, transforms=hopper.transforms(dtype, width))],
-        grid=(tiles, blocks),
-        grid_names=("row", "block"),
-        num_threads=COMPUTE + 1,
-        thread_name="group",
-    )
+    shape = tiles * tile, blocks * width
+    run = hopper.tiled_products(kernel, shape, (tile, width), (tiles, blocks), dtype)
     return run(x, values, source, offset, lengths)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, triton_call
 from pallas_kernels.batching import independent
 from pallas_kernels.sparse_decode_attention import reference, xla
 from pallas_kernels.sparse_decode_attention.packed import Packed, pack, unpack
@@ -194,7 +194,7 @@ def bitmap_reasons(q, keys, values):
     """{implementation: why it cannot run here, or None}, best first."""
     cache = keys.values.shape, values.values.shape
     gpu = dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").bitmap_reason(q, *cache)
-    triton = dispatch.gpu_reason(8, 9, 10, 12) or dispatch.module(OP, "triton").bitmap_reason()
+    triton = dispatch.gpu_reason(8, 9, 10, 12) or triton_call.reason()
     tpu = dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").bitmap_reason(q)
     return {"pallas_gpu": gpu, "triton": triton, "pallas_tpu": tpu, "xla": None, "reference": None}
 

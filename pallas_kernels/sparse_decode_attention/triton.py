@@ -4,54 +4,38 @@ Triton gathers from memory by address, so that packed tokens are expanded as the
 are divided among several programs, whose parts are merged after, as in `pallas_gpu`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import triton_call
 from pallas_kernels.sparse_decode_attention import xla
 
 _TOKENS = 64  # of a tile
 _PROGRAMS = 264  # to aim at: two for each multiprocessor of a Hopper GPU
 
 
-@functools.cache
-def bitmap_reason():
-    """Why `bitmap` cannot run, or None; it takes any arguments."""
-    try:
-        import jax_triton
-    except ImportError as error:
-        return f"jax-triton cannot be imported ({error})"
-    if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
-        return f"jax-triton {jax_triton.__version__} does not work with JAX {jax.__version__}"
-    return None
-
-
 def bitmap(q, k_bits, k_values, v_bits, v_values, lengths, config, compute_capability=None):
     """As `xla.bitmap`. `compute_capability` (90 for Hopper) is the device's if None."""
-    # neither can be imported without JAX's own part for GPUs
-    import jax_triton
-
+    # it cannot be imported without Triton
     from pallas_kernels.sparse_decode_attention.triton_kernel import bitmap_kernel
 
     batch, groups, group, channels = q.shape
     splits = min(-(-k_bits.shape[2] // _TOKENS), max(1, _PROGRAMS // (batch * groups)))
-    out, lse = jax_triton.triton_call(
+    out, lse = triton_call.call(
+        bitmap_kernel,
         q,
         k_bits,
         k_values,
         v_bits,
         v_values,
         lengths,
-        kernel=bitmap_kernel,
-        out_shape=[
+        out=[
             jax.ShapeDtypeStruct((splits, *q.shape), jnp.float32),
             jax.ShapeDtypeStruct((splits, *q.shape[:3]), jnp.float32),
         ],
         grid=(splits, batch * groups),
-        num_warps=4,
+        constants=constants(q, k_bits, k_values, v_values, config),
         compute_capability=compute_capability,
-        **constants(q, k_bits, k_values, v_values, config),
     )
     out, lse = xla.merge(out, lse)
     return out.astype(q.dtype), lse
