@@ -15,11 +15,12 @@ def blocking(function, *args):
     return lambda: jax.block_until_ready(compiled(*args))
 
 
-def measure(functions, repeats: int = REPEATS):
-    """{name: milliseconds}: medians over `repeats` rounds, in each of which every function runs once.
+def measure(functions, repeats: int = REPEATS, average=statistics.median):
+    """{name: milliseconds}: averages over `repeats` rounds, in each of which every function runs once.
 
     Args:
       functions: {name: function of no arguments that blocks until its result is ready}; each runs once beforehand.
+      average: of the times of a function.
     """
     times = {name: [] for name in functions}
     for function in functions.values():
@@ -29,7 +30,7 @@ def measure(functions, repeats: int = REPEATS):
             start = time.perf_counter()
             function()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(seen) for name, seen in times.items()}
+    return {name: average(seen) for name, seen in times.items()}
 
 
 def max_error(found, expected) -> float:

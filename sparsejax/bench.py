@@ -10,7 +10,6 @@ runs nothing: it asks the compiler.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +21,8 @@ import optax
 from flax import linen
 
 import sparsejax
+from pallas_kernels import timing
+from pallas_kernels.timing import blocking
 from sparsejax import models, nn, proximal, selection
 from sparsejax.allocator import keep_freed_memory
 from sparsejax.masks import choose
@@ -49,23 +50,9 @@ def measure(
     average: Callable = statistics.median,
 ) -> Result:
     """Times two functions of no arguments alternately; each must block until its result is ready."""
-    times = {ours: [], other: []}
-    for function in times:
-        function()
-    for _ in range(repeats):
-        for function, seen in times.items():
-            start = time.perf_counter()
-            function()
-            seen.append(1e3 * (time.perf_counter() - start))
-    mine, theirs = (average(seen) for seen in times.values())
+    mine, theirs = timing.measure({"ours": ours, "baseline": other}, repeats, average).values()
     ratio, ratio_is = (mine / theirs, "ours/baseline") if cost else (theirs / mine, "baseline/ours")
     return Result(case, mine, baseline, theirs, ratio, ratio_is)
-
-
-def blocking(function: Callable, *args) -> Callable:
-    """`function(*args)` compiled, as a function of no arguments that waits for the result."""
-    compiled = jax.jit(function)
-    return lambda: jax.block_until_ready(compiled(*args))
 
 
 # --- selection ---------------------------------------------------------------------------------------

@@ -32,10 +32,10 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 REPEATS = 30
 
 
-class Packed(NamedTuple):
-    """A trained network, dense with zeros and packed."""
+class Network(NamedTuple):
+    """A trained network, dense with zeros and packed; `forward(variables, inputs)` is its jitted model."""
 
-    model: Any
+    forward: Any
     dense: dict[str, Any]
     packed: dict[str, Any]
     masks: Any
@@ -70,7 +70,7 @@ def deploy(workdir, format: str | None = None, progress: bool = True) -> dict[st
     found = _compare(network, inputs, config["eval_batch_size"], problem.dataset.classes)
     found |= _costs(network, layer_macs(problem), inputs[: batches[-1]])
     found["latency_ms"] = {
-        str(batch): _latencies(network.model, network.dense, network.packed, inputs[:batch])
+        str(batch): _latencies(network.forward, network.dense, network.packed, inputs[:batch])
         for batch in batches
     }
     found["sweep"] = _sweep(network, inputs, batches, format, progress)
@@ -82,7 +82,7 @@ def deploy(workdir, format: str | None = None, progress: bool = True) -> dict[st
     return found
 
 
-def _pack(network, format: str | None) -> Packed:
+def _pack(network, format: str | None) -> Network:
     if getattr(network.model, "reads_masks", False):
         raise ValueError(
             f"{type(network.model).__name__} with layers that read their masks cannot be packed: its weights are "
@@ -93,18 +93,17 @@ def _pack(network, format: str | None) -> Packed:
     params = apply_masks(network.variables["params"], network.masks)
     packed, report = sparsejax.pack(params, network.masks, format)
     dense, packed = ({**network.variables, "params": tree} for tree in (params, packed))
-    return Packed(network.model, dense, packed, network.masks, report)
+    model = network.model
+    forward = jax.jit(lambda variables, x: model.apply(variables, x, train=False))
+    return Network(forward, dense, packed, network.masks, report)
 
 
-def _forward(model):
-    return jax.jit(lambda variables, x: model.apply(variables, x, train=False))
-
-
-def _compare(network: Packed, inputs, size: int, classes: int | None) -> dict[str, float]:
+def _compare(network: Network, inputs, size: int, classes: int | None) -> dict[str, float]:
     """How far the outputs of the two are apart, on all inputs."""
-    forward = _forward(network.model)
     dense, packed = (
-        np.concatenate([forward(variables, inputs[i : i + size]) for i in range(0, len(inputs), size)])
+        np.concatenate(
+            [network.forward(variables, inputs[i : i + size]) for i in range(0, len(inputs), size)]
+        )
         for variables in (network.dense, network.packed)
     )
     dtype = str(jax.tree.leaves(network.dense["params"])[0].dtype)
@@ -119,12 +118,12 @@ def _compare(network: Packed, inputs, size: int, classes: int | None) -> dict[st
     return found
 
 
-def _costs(network: Packed, macs: Mapping[str, int], inputs) -> dict[str, Any]:
+def _costs(network: Network, macs: Mapping[str, int], inputs) -> dict[str, Any]:
     """Bytes and FLOPs of the two; `peak` is what one batch needs, with weights and activations."""
     kept = plain_names(densities(network.masks))
 
     def peak(variables):
-        used = _forward(network.model).lower(variables, inputs).compile().memory_analysis()
+        used = network.forward.lower(variables, inputs).compile().memory_analysis()
         return used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
 
     return {
@@ -134,9 +133,8 @@ def _costs(network: Packed, macs: Mapping[str, int], inputs) -> dict[str, Any]:
     }
 
 
-def _latencies(model, dense, packed, inputs) -> dict[str, float]:
+def _latencies(forward, dense, packed, inputs) -> dict[str, float]:
     """Milliseconds per batch, the median of many, measured alternately."""
-    forward = _forward(model)
     variables = {"dense": dense, "packed": packed}
     calls = {
         name: lambda tree=tree: jax.block_until_ready(forward(tree, inputs))
@@ -145,7 +143,7 @@ def _latencies(model, dense, packed, inputs) -> dict[str, float]:
     return measure(calls, REPEATS)
 
 
-def _sweep(network: Packed, inputs, batches, format: str | None, progress: bool) -> list[dict[str, Any]]:
+def _sweep(network: Network, inputs, batches, format: str | None, progress: bool) -> list[dict[str, Any]]:
     """Speed-ups of the model at other sparsities of the same patterns, with random weights: time alone counts."""
     kinds = {record.path: record.format for record in network.report}
     if format is not None and format[0].isdigit():  # N of another sparsity
@@ -160,13 +158,13 @@ def _sweep(network: Packed, inputs, batches, format: str | None, progress: bool)
         packed = {**network.packed, "params": sparsejax.pack(params, masks, format)[0]}
         dense = {**network.dense, "params": apply_masks(params, masks)}
         for batch in batches:
-            times = _latencies(network.model, dense, packed, inputs[:batch])
+            times = _latencies(network.forward, dense, packed, inputs[:batch])
             speedup = times["dense"] / times["packed"]
             found.append({"sparsity": reached, "batch": batch, "speedup": speedup})
     return found
 
 
-def _at(level: float, network: Packed, kinds: Mapping[str, str]):
+def _at(level: float, network: Network, kinds: Mapping[str, str]):
     """`(masks, params)` at a sparsity, each leaf in the pattern of its format."""
     keys = iter(range(len(kinds)))
 

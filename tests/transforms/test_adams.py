@@ -258,7 +258,8 @@ def test_metrics_of_a_pruned_run_are_those_before_the_cut():
 def test_the_state_can_be_donated_without_a_sparsified_leaf():
     tx = sparsejax.adams(optax.sgd(0.1), learning_rate=0.1, steps=10, sparsity=0.0)
     params = weights((8, 4))
-    jax.jit(tx.update, donate_argnums=1)(params, tx.init(params), params)
+    updates, state = jax.jit(tx.update, donate_argnums=1)(params, tx.init(params), params)
+    assert int(state.count) == 1 and all(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
 def test_other_leaves_follow_the_inner_optimizer_alone():
