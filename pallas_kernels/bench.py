@@ -1,4 +1,4 @@
-"""Benches of the operations: `python -m pallas_kernels.bench [OP ...] [--json] [--size=N] [--repeats=N]`.
+"""Benches of the operations: `python -m pallas_kernels.bench [OP ...] [--json] [--table=FILE] [--size=N] [--repeats=N]`.
 
 Without a name all operations that have a `bench` module are measured. Every line compares ours with the dense XLA
 operation and with the fastest peer, measured in the same process (see `timing`); a ratio says how many times faster
@@ -9,6 +9,7 @@ that its floating-point operations or its bytes need at least, whichever is long
 import argparse
 import importlib
 import json
+import os
 import pathlib
 
 import jax
@@ -48,6 +49,44 @@ def line(result: dict, device: str) -> str:
     )
 
 
+def table(results: list[dict], device: str) -> str:
+    """All results as a Markdown page that names the device."""
+    where = f"{device}, {os.cpu_count()} cores" if device == "cpu" else device
+    heads = (
+        "operation",
+        "case",
+        "ms",
+        "dense, ms",
+        "times faster",
+        "best peer",
+        "times faster",
+        "largest error",
+    )
+    rows = [
+        (
+            f"`{r['op']}`",
+            r["case"],
+            f"{r['ours_ms']:.2f}",
+            f"{r['dense_ms']:.2f}",
+            f"{r['ratio_dense']:.2f}",
+            r["peer"] or "",
+            f"{r['ratio_peer']:.2f}" if r["peer"] else "",
+            f"{r['max_error']:.0e}",
+        )
+        for r in results
+    ]
+    fractions = [roofline(r, device) for r in results]
+    if any(fractions):
+        heads += ("of the roofline",)
+        rows = [(*row, f"{part:.0%}" if part else "") for row, part in zip(rows, fractions, strict=True)]
+    lines = [heads, ("---", "---", *["---:"] * (len(heads) - 2)), *rows]
+    return (
+        f"# The kernels on {where}\n\n`python -m pallas_kernels.bench --table=FILE`, JAX {jax.__version__}. "
+        "Ours, the dense operation in XLA and the fastest peer take turns in one process; medians. Errors are relative to "
+        "the largest output.\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    )
+
+
 def main() -> None:
     """Runs the benches named on the command line, all of them if none is."""
     known = operations()
@@ -56,6 +95,7 @@ def main() -> None:
     )
     parser.add_argument("op", nargs="*", metavar="|".join(known), help="which operations (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--table", metavar="FILE", help="also write the results to this file, as Markdown")
     parser.add_argument("--size", type=int, help="of the matrices or sequences (default: the device's)")
     parser.add_argument("--repeats", type=int, default=7, help="of which the median is taken (%(default)s)")
     args = parser.parse_args()
@@ -66,11 +106,14 @@ def main() -> None:
     if args.size is not None and args.size < 1:
         parser.error(f"--size must be at least 1, got {args.size}")
     device = jax.devices()[0].device_kind
+    results = []
     for op in args.op or known:
         bench = importlib.import_module(f"pallas_kernels.{op}.bench")
         for case in bench.cases(args.size):
-            result = bench.run(case, args.repeats)
-            print(json.dumps(result) if args.json else line(result, device), flush=True)
+            results.append(bench.run(case, args.repeats))
+            print(json.dumps(results[-1]) if args.json else line(results[-1], device), flush=True)
+            if args.table:  # after every case, so that an interrupted bench leaves what it measured
+                pathlib.Path(args.table).write_text(table(results, device))
 
 
 if __name__ == "__main__":

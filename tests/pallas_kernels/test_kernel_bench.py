@@ -51,6 +51,19 @@ def test_the_command_line(monkeypatch, capsys):
     assert text.startswith("sampled_matmul") and "dense" in text and "BCOO" in text
 
 
+def test_the_table_names_the_device_and_has_a_line_a_case(monkeypatch, capsys, tmp_path):
+    module = importlib.import_module("pallas_kernels.sampled_matmul.bench")
+    monkeypatch.setattr(module, "cases", lambda size: iter([CASE | {"size": 16}, CASE | {"size": 32}]))
+    run(monkeypatch, capsys, "sampled_matmul", "--repeats=1", f"--table={tmp_path / 'here.md'}")
+    text = (tmp_path / "here.md").read_text().splitlines()
+    assert text[0].startswith("# The kernels on cpu, ") and text[0].endswith(" cores")
+    assert [line.split(" | ")[1] for line in text if line.startswith("| `sampled_matmul`")] == [
+        "entries, 10.0% of 16x16, inner 4",
+        "entries, 10.0% of 32x32, inner 4",
+    ]
+    assert len({line.count("|") for line in text if line.startswith("|")}) == 1
+
+
 CASE = {"inner": 4, "dtype": "float32", "block": None, "density": 0.1}
 
 
