@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsejax.data.dataset import Dataset
+from sparsejax.masks import choose
 
 BYTES = 256
 # Not the library itself: installed packages, and tests, which are long tables of data.
@@ -31,26 +32,36 @@ def stdlib(data_dir: str | None = None, *, length: int = 128, size: int = 4_000_
       FileNotFoundError: if the folder has no `.py` files.
       ValueError: if a window would not fit.
     """
+    if length < 1 or size < 10 * (length + 1):
+        raise ValueError(f"stdlib needs length >= 1 and size >= 10 (length + 1), got {length} and {size}")
+    train, test = source("train", data_dir, size), source("test", data_dir, size // 10)
+    return Dataset("stdlib", _windows(train, length), _windows(test, length), BYTES)
+
+
+def source(split: str, data_dir: str | None = None, size: int = 4_000_000) -> bytes:
+    """The first `size` bytes of a split (and one more, where there is one): "train" or "test".
+
+    Raises:
+      FileNotFoundError: if the folder has no `.py` files.
+    """
     folder = Path(data_dir or sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in folder.rglob("*.py") if not set(path.parts) & set(LEFT_OUT))
     if len(files) < TEST_EVERY:
         raise FileNotFoundError(
             f"stdlib was not found: {folder} has {len(files)} Python files; data_dir may name another folder"
         )
-    if length < 1 or size < 10 * (length + 1):
-        raise ValueError(f"stdlib needs length >= 1 and size >= 10 (length + 1), got {length} and {size}")
-    test = files[::TEST_EVERY]
-    train = [path for index, path in enumerate(files) if index % TEST_EVERY]
-    return Dataset("stdlib", _windows(train, length, size), _windows(test, length, size // 10), BYTES)
-
-
-def _windows(files: list[Path], length: int, size: int):
+    chosen = choose("split", split, {"train": False, "test": True})
     parts, total = [], 0
-    for path in files:
+    for index, path in enumerate(files):
         if total > size:
             break
-        parts.append(path.read_bytes())
-        total += len(parts[-1])
-    text = np.frombuffer(b"".join(parts), np.uint8)[: size + 1].astype(np.int32)
+        if (index % TEST_EVERY == 0) == chosen:
+            parts.append(path.read_bytes())
+            total += len(parts[-1])
+    return b"".join(parts)[: size + 1]
+
+
+def _windows(text: bytes, length: int):
+    text = np.frombuffer(text, np.uint8).astype(np.int32)
     count = (len(text) - 1) // length
     return tuple(text[start : start + count * length].reshape(count, length) for start in (0, 1))
