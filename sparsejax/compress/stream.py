@@ -91,7 +91,6 @@ class Stream:
         Raises:
           ValueError: for a packed kernel.
         """
-        hidden, context = jax.eval_shape(lambda: next(self.batches()))
         found, sources = {}, {}
 
         def visit(name, x, *rest):
@@ -101,7 +100,7 @@ class Stream:
                     raise ValueError(f"{name} is packed; only dense kernels can be compressed")
                 found[name] = Layer(tuple(kernel.shape), sources.setdefault(id(x), (name, x))[0])
 
-        jax.eval_shape(lambda: _tapped(block, params, hidden_of(hidden), hidden_of(context), visit))
+        jax.eval_shape(partial(_tapped, block, visit), params, *next(self.batches()))
         return found
 
     def observe(self, block: linen.Module, params, layers: Mapping[str, Layer], needs):
@@ -123,8 +122,8 @@ class Stream:
         outputs = []
         for hidden, context in self.batches():
             stats, y = _observe(stats, params, hidden, context, block)
-            outputs.append(np.asarray(y))
-        return stats, np.concatenate(outputs)
+            outputs.append(y)
+        return stats, self._join(outputs)
 
     def run(self, block: linen.Module, params):
         """The outputs of the block, like `hidden`."""
@@ -157,3 +156,133 @@ class Stream:
     @staticmethod
     def _join(parts):
         return np.concatenate([np.asarray(part) for part in parts])
+
+
+# --- compiled parts ----------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="model")
+def _start(params, tokens, model):
+    return model.apply({"params": params}, tokens, method="start")
+
+
+@partial(jax.jit, static_argnames="model")
+def _finish(params, hidden, model):
+    return model.apply({"params": params}, hidden, method="finish")
+
+
+@partial(jax.jit, static_argnames="model")
+def _context(tokens, model):
+    return model.context(tokens)
+
+
+@partial(jax.jit, static_argnames="block")
+def _run(params, hidden, context, block):
+    return block.apply({"params": params}, hidden, **context)
+
+
+@partial(jax.jit, static_argnames="block", donate_argnames="stats")
+def _observe(stats, params, hidden, context, block):
+    new = dict(stats)
+
+    def visit(name, x, *sizes):
+        if name not in new:
+            return
+        if not sizes:
+            new[name] = statistics.update(new[name], x.reshape(len(x), -1, x.shape[-1]))
+            return
+        ends = jnp.cumsum(*sizes)
+        rows = jnp.arange(len(x))
+
+        def expert(arguments):
+            stats, first, last = arguments
+            return statistics.update(stats, x[None], ((rows >= first) & (rows < last))[None])
+
+        # one expert after the other: together they would need as many copies of the rows
+        new[name] = lax.map(expert, (new[name], ends - sizes[0], ends))
+
+    outputs = _tapped(block, visit, params, hidden, context)
+    return new, outputs
+
+
+@partial(jax.jit, static_argnames="block")
+def _errors(kernels, old, hidden, context, block):
+    """(sum of (x (W - W'))^2, sum of (x W)^2) by the name of the layer."""
+    found = {}
+
+    def visit(name, x, *sizes):
+        if name in kernels:
+            before, after = (k.astype(jnp.float32) for k in (_at(old, name), kernels[name]))
+            product = partial(lax.ragged_dot, group_sizes=sizes[0]) if sizes else jnp.matmul
+            x = x.astype(jnp.float32)
+            found[name] = [jnp.sum(product(x, kernel) ** 2) for kernel in (before - after, before)]
+
+    _tapped(block, visit, old, hidden, context)
+    return found
+
+
+def _tapped(block, visit, params, hidden, context):
+    """The outputs of a block; `visit(name, x, ...)` gets the path of every linear kernel and its layer's inputs."""
+    active = set()
+
+    def tap(call, args, kwargs, about):
+        name = "/".join((*about.module.path, "kernel"))
+        linear = isinstance(about.module, (linen.Dense, nn.ExpertDense)) and about.method_name == "__call__"
+        if not linear or name in active:  # a layer's own call goes on to that of its base class
+            return call(*args, **kwargs)
+        active.add(name)
+        visit(name, *args, *kwargs.values())
+        y = call(*args, **kwargs)
+        active.remove(name)
+        return y
+
+    with linen.intercept_methods(tap):
+        return block.apply({"params": params}, hidden, **context)
+
+
+# --- helpers -----------------------------------------------------------------------------------------
+
+
+def _at(params, name: str):
+    for key in name.split("/"):
+        params = params[key]
+    return params
+
+
+def _tiled(tree, shape):
+    return jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), tree)
+
+
+def _batch_sharding(tokens):
+    """How to lay out an array of sequences as the tokens are; None on one device."""
+    sharding = getattr(tokens, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+
+
+def _check_tokens(tokens, batch: int, sharding) -> None:
+    if tokens.size == 0:
+        raise ValueError(f"there are no tokens to read: their shape is {tokens.shape}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if sharding is not None:
+        shards = sharding.mesh.size // sharding.shard_shape((sharding.mesh.size,))[0]
+        for size in {min(batch, len(tokens)), len(tokens) % batch or batch}:
+            if size % shards:
+                raise ValueError(
+                    f"the tokens are sharded {shards} ways, which does not divide a batch of {size} sequences "
+                    f"({len(tokens)} in all, batch={batch})"
+                )
+
+
+def _check_vocabulary(tokens, params) -> None:
+    """Raises ValueError for integer tokens that have no row in the embedding (JAX would clip them)."""
+    table = params.get("embed", {}).get("embedding") if isinstance(params.get("embed"), Mapping) else None
+    if table is None or not np.issubdtype(tokens.dtype, np.integer):
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= table.shape[0]:
+        raise ValueError(
+            f"token {low if low < 0 else high} is outside of the vocabulary, 0 to {table.shape[0] - 1}"
+        )
