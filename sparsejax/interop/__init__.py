@@ -1,0 +1,3 @@
+"""Other people's files: Hugging Face folders in and out."""
+
+from sparsejax.interop import huggingface

@@ -1,0 +1,196 @@
+"""Between a family's `config.json` and the attributes of our models."""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from sparsejax.interop.families import FAMILIES, Bias, Family, Key, Same
+from sparsejax.masks import choose
+from sparsejax.models import rotary
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+IRRELEVANT = ("linear", "dtype", "layers", "mlp_ratio", "parent", "name")
+
+
+def family_of(config: Mapping) -> Family:
+    """The family that a config's `model_type` names.
+
+    Raises:
+      ValueError: if it is not supported; the supported ones are listed.
+    """
+    return choose("model_type", config.get("model_type"), FAMILIES)
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def attributes(family: Family, config: Mapping) -> dict[str, Any]:
+    """The attributes of our model that a config describes.
+
+    Raises:
+      ValueError: for a value of the wrong type, or one that our models cannot follow.
+    """
+    for name, wanted in family.requires.items():
+        wanted = config.get(wanted.name) if isinstance(wanted, Same) else wanted
+        if config.get(name) not in (None, wanted):
+            raise ValueError(
+                f"{family.architecture} with {name}={config[name]!r} is not supported (only {wanted!r})"
+            )
+    if config.get("quantization_config"):
+        raise ValueError(
+            "checkpoints with a quantization_config are not supported; save one in float32 or bfloat16"
+        )
+    found = {attribute: _value(config, key) for attribute, key in family.keys.items()}
+    found |= family.fixed
+    found["bias"] = tuple(name for bias in family.bias if _has_bias(config, bias) for name in bias.names)
+    if family.theta is not None:
+        found |= _read_rotary(config, family.theta)
+        width = found.get("head_width") or found["width"] // found["heads"]
+        rotary.frequencies(
+            width, found["rotary_theta"], found["rotary_scaling"]
+        )  # raises if it cannot be followed
+    if family.layered_window:
+        found["window"] = _read_window(config, found["depth"])
+    return found
+
+
+def _value(config: Mapping, key: Key):
+    value = config.get(key.name, key.default)
+    if key.values is not None:
+        return choose(key.name, value, key.values)
+    kind = bool if isinstance(key.default, bool) else numbers.Integral
+    if isinstance(key.default, float):
+        kind = numbers.Real
+    is_bool = isinstance(value, bool)
+    if value is None and (key.default is None or key.is_optional):
+        return None
+    if not isinstance(value, kind) or is_bool != (kind is bool):
+        raise ValueError(f"{key.name} in config.json must be of type {kind.__name__.lower()}, got {value!r}")
+    return value
+
+
+def _has_bias(config: Mapping, bias: Bias) -> bool:
+    return bias.switch is None or bool(config.get(bias.switch, bias.default))
+
+
+def _read_rotary(config: Mapping, theta: float) -> dict[str, Any]:
+    """`rope_parameters` as of transformers 5, or `rope_theta` and `rope_scaling` as before."""
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", config.get("rope_theta", theta))
+    share = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if share != 1:
+        raise ValueError(f"partial_rotary_factor={share} is not supported (only 1.0)")
+    is_default = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    return {"rotary_theta": theta, "rotary_scaling": None if is_default else scaling}
+
+
+def _read_window(config: Mapping, depth: int) -> int | None:
+    """The sliding window of all blocks, None if no block has one."""
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else None
+    first = config.get("max_window_layers", 28)
+    kinds = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(depth)]
+    if window is None or set(kinds) == {FULL}:
+        return None
+    if set(kinds) != {SLIDING}:
+        raise ValueError(
+            "a sliding window in only some of the blocks (layer_types, max_window_layers) is not supported"
+        )
+    return window
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def resolved(model) -> dict[str, Any]:
+    """The attributes of a model that say what it computes, each in one way only."""
+    found = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    found = {name: value for name, value in found.items() if name not in IRRELEVANT}
+    if found.get("head_width", 0) is None:
+        found["head_width"] = model.width // model.heads
+    if found.get("kv_heads", 0) is None:
+        found["kv_heads"] = model.heads
+    if found.get("hidden", 0) is None:
+        found["hidden"] = model.mlp_ratio * model.width
+    if found.get("rotary_scaling") is not None:
+        scaling = dict(found["rotary_scaling"])
+        is_default = scaling.get("rope_type", scaling.get("type")) == "default"
+        found["rotary_scaling"] = None if is_default else scaling
+    if not found.get("experts", 0):
+        found.pop("experts_per_token", None)
+    unused = () if found.get("gated", False) else ("gate",)
+    found["bias"] = frozenset(found.get("bias", ())).difference(unused)
+    return found
+
+
+def with_biases(family: Family, names) -> tuple[str, ...]:
+    """The projections that have a bias in the narrowest checkpoint of the family that gives `names` one."""
+    groups = [bias.names for bias in family.bias if bias.switch is None or set(bias.names) & set(names)]
+    return tuple(name for group in groups for name in group)
+
+
+def describe(family: Family, model, config: Mapping, dtype: str) -> dict[str, Any]:
+    """`config` with the entries that a checkpoint of `model` needs; those that fit already stay as they are.
+
+    Args:
+      model: of the family's class, without overrides for single layers.
+      config: of the checkpoint that the model comes from, or only a `model_type`.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: if the family's config cannot express an attribute of the model.
+    """
+    wanted = resolved(model)
+    same = [name for name, value in family.requires.items() if isinstance(value, Same) and name in config]
+    found = {**config, "architectures": [family.architecture], **dict.fromkeys(same, wanted["width"])}
+    found["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    implied = {"hidden": 4 * wanted["width"], "kv_heads": wanted["heads"]}
+    implied["head_width"] = wanted["width"] // wanted["heads"]
+    for attribute, key in family.keys.items():
+        now = _value(found, key)
+        if (implied.get(attribute) if now is None else now) != wanted[attribute]:
+            found[key.name] = _theirs(key, wanted[attribute])
+    for bias in family.bias:
+        if bias.switch is not None and _has_bias(found, bias) != bool(set(bias.names) & wanted["bias"]):
+            found[bias.switch] = not _has_bias(found, bias)
+    if family.theta is not None:
+        _write_rotary(family, found, wanted["rotary_theta"], wanted["rotary_scaling"])
+    if family.layered_window:
+        _write_window(found, wanted["window"], wanted["depth"])
+    optional = {name: wanted[name] for name in family.optional}
+    _check(family, wanted, resolved(family.model(**attributes(family, found), **optional)))
+    return found
+
+
+def _theirs(key: Key, value):
+    if key.values is None:
+        return value
+    return next((theirs for theirs, ours in key.values.items() if ours == value), value)
+
+
+def _write_rotary(family: Family, config: dict, theta: float, scaling: Mapping | None) -> None:
+    if _read_rotary(config, family.theta) == {"rotary_theta": theta, "rotary_scaling": scaling}:
+        return
+    if "rope_theta" in config or "rope_scaling" in config:
+        config |= {"rope_theta": theta, "rope_scaling": scaling}
+    else:
+        config["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+
+
+def _write_window(config: dict, window: int | None, depth: int) -> None:
+    kinds = [FULL if window is None else SLIDING] * depth
+    if "layer_types" in config and config["layer_types"] != kinds:
+        config["layer_types"] = kinds
+    if _read_window(config, depth) != window:
+        config |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+
+
+def _check(family: Family, wanted: Mapping, found: Mapping) -> None:
+    for name, value in wanted.items():
+        if found[name] == value:
+            continue
+        if name == "bias":
+            value, found = sorted(value), {name: sorted(found[name])}
+        raise ValueError(
+            f"a checkpoint of {family.architecture} cannot express {name}={value!r} (it would mean {found[name]!r})"
+        )

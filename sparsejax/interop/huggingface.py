@@ -1,0 +1,197 @@
+"""Hugging Face folders (`config.json` and safetensors) in and out of our models, without PyTorch.
+
+    checkpoint = load("llama-3.2-1b", dtype="bfloat16")
+    logits = checkpoint.model.apply({"params": checkpoint.params}, tokens)
+    save("smaller", checkpoint.model, params, checkpoint.config, source="llama-3.2-1b", card="# Pruned\\n")
+
+A model that is larger than memory is read and written part by part, `model.parts()` being their names:
+
+    model, params, config = load("llama-3.1-8b", lazy=True)
+    with writer("smaller", model, config, source="llama-3.1-8b") as out:
+        for part in model.parts():
+            out[part] = prune(params[part])
+
+The families are those of `sparsejax.interop.families.FAMILIES`.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from sparsejax.interop.configs import attributes, family_of
+from sparsejax.interop.families import Family
+from sparsejax.interop.tensors import DTYPES, Files, Place, file_shape, from_file, place, read_json
+from sparsejax.interop.tokenization import tokenizer
+from sparsejax.interop.writing import Writer, shapes, writer
+from sparsejax.masks import choose
+
+CONFIG = "config.json"
+
+
+class Checkpoint(NamedTuple):
+    """A model and what a folder says about it.
+
+    Attributes:
+      model: one of `sparsejax.models`, whose `dtype` is None: it computes in the dtype of its parameters.
+      params: nested dicts of arrays; or `LazyParams`.
+      config: `config.json`, which `save` needs again.
+    """
+
+    model: Any
+    params: Mapping[str, Any]
+    config: dict[str, Any]
+
+
+class LazyParams(Mapping):
+    """The parameters of a folder: every look-up of a part (`embed`, `block_0`, ...) reads it from the files anew.
+
+    `dict(lazy)` reads all of them, which is what `model.apply` needs.
+    """
+
+    def __init__(self, files: Files, family: Family, model, config: Mapping, dtype: str | None):
+        self._files, self._model, self._dtype = files, model, dtype
+        self._shapes = shapes(family, model, config)
+        self._places = {
+            part: {
+                path: place(family, f"{part}/{path}" if path else part, shape)
+                for path, shape in leaves.items()
+            }
+            for part, leaves in self._shapes.items()
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, part: str):
+        """The subtree `part`.
+
+        Raises:
+          ValueError: for a part that the model does not have.
+        """
+        choose("part", part, self._places)
+        tree = {}
+        for path, where in self._places[part].items():
+            if not path:  # a parameter that is no module's
+                return self._read(where)
+            *modules, leaf = path.split("/")
+            node = tree
+            for module in modules:
+                node = node.setdefault(module, {})
+            node[leaf] = self._read(where)
+        return tree
+
+    def _read(self, where: Place):
+        arrays = [from_file(self._files.read(name, where.part), where.layout) for name in where.tensors]
+        array = np.stack(arrays) if where.is_stacked else arrays[0]
+        return jnp.asarray(np.ascontiguousarray(array.astype(self._dtype or array.dtype, copy=False)))
+
+    def check(self, family: Family) -> None:
+        """Raises ValueError, naming the first tensor, unless the files hold exactly those that the model needs."""
+        used = set()
+        for part, leaves in self._places.items():
+            for path, where in leaves.items():
+                shape = file_shape(where, self._shapes[part][path], self._model)
+                for name in where.tensors:
+                    self._check_tensor(name, shape)
+                    used.add(name)
+        extra = [name for name in self._files if name not in used]
+        ignored = (
+            (*family.ignored, "lm_head.weight") if getattr(self._model, "tied", False) else family.ignored
+        )
+        extra = [name for name in extra if not _matches(name, ignored)]
+        heads = [name for name in extra if _matches(name, family.heads)]
+        if heads:
+            logging.warning(
+                "%s, a head that %s lacks, is left out", ", ".join(heads), type(self._model).__name__
+            )
+        unknown = sorted(set(extra) - set(heads))
+        if unknown:
+            raise ValueError(
+                f"{self._files.file(unknown[0])} holds the tensor {unknown[0]}, which {family.architecture} with "
+                f"this config does not have{_more(unknown)}"
+            )
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._files:
+            raise ValueError(f"the tensor {name} is missing in {str(self._files.folder)!r}")
+        dtype, found = self._files.header(name)
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"the tensor {name} is of dtype {dtype}, but must be of {', '.join(sorted(DTYPES))}"
+            )
+        if found != shape:
+            raise ValueError(f"the tensor {name} has shape {found}, but config.json asks for {shape}")
+
+
+def load(folder: str | os.PathLike, dtype: str | None = None, *, lazy: bool = False) -> Checkpoint:
+    """The model in a Hugging Face folder, which `transformers` computes to float32 rounding.
+
+    Task heads that our encoders lack (`cls`, `classifier`, ...) are left out, with a warning that names them.
+
+    Args:
+      folder: with `config.json` and `model.safetensors`, or several files with an index.
+      dtype: of the parameters, `float32`, `bfloat16` or `float16`; None leaves every tensor as it is stored.
+      lazy: give `LazyParams`, which read a part when it is looked up; names, shapes and dtypes are checked at once.
+
+    Raises:
+      ValueError: one sentence for a folder without config or weights, an unsupported architecture, a missing or
+        extra tensor, one of a wrong dtype or shape, a damaged file.
+    """
+    if dtype is not None:
+        choose("dtype", dtype, DTYPES.values())
+    folder = Path(folder).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{str(folder)!r} holds no {CONFIG}")
+    config = read_json(folder / CONFIG)
+    family = family_of(config)
+    found = attributes(family, config)
+    files = Files(folder, family)
+    found |= {name: tensor in files for name, tensor in family.optional.items()}
+    model = family.model(**found)
+    params = LazyParams(files, family, model, config, dtype)
+    params.check(family)
+    return Checkpoint(model, params if lazy else dict(params), config)
+
+
+def save(
+    folder: str | os.PathLike,
+    model,
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    source: str | os.PathLike | None = None,
+    card: str | None = None,
+    shard_bytes: int = 2**30,
+) -> None:
+    """Writes a folder that `transformers` loads; see `writer` for the arguments and errors.
+
+    Args:
+      params: the parameters by part, read one part at a time (`LazyParams`, say, or nested dicts).
+    """
+    extra = sorted(set(params) - set(model.parts()))
+    if extra:
+        raise ValueError(
+            f"the parameters have {extra[0]!r}, which the model lacks (it has {', '.join(model.parts())})"
+        )
+    with writer(folder, model, config, source=source, card=card, shard_bytes=shard_bytes) as out:
+        for part in model.parts():
+            if part not in params:
+                raise ValueError(f"the parameters lack {part!r}")
+            out[part] = params[part]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _more(names: list[str]) -> str:
+    return f" (nor {len(names) - 1} others)" if len(names) > 1 else ""
