@@ -41,3 +41,17 @@ def _byte_level(tokenizers, vocabulary: str, merges: str):
     if found.token_to_id("<|endoftext|>") is not None:
         found.add_special_tokens(["<|endoftext|>"])
     return found
+
+
+def byte_tokenizer():
+    """A `tokenizers.Tokenizer` whose ids are the bytes of the text, for models of bytes."""
+    import tokenizers
+
+    # GPT-2's letters for bytes: printable ones stand for themselves, the others for those from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    found = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.decoder = tokenizers.decoders.ByteLevel()
+    return found
