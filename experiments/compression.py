@@ -1,0 +1,170 @@
+"""Compression of a trained decoder: calibrated, compressed, and compared with itself; the runs of the tables on
+post-training compression, and what `experiments.compress` does with a folder."""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.timing import blocking, measure
+from sparsejax import compress, training
+from sparsejax.allocator import keep_freed_memory
+from sparsejax.data import text
+from sparsejax.masks import choose
+from sparsejax.training.config import resolve
+from sparsejax.training.pretrained import obtain
+
+ALLOCATIONS = ("uniform", "owl")
+
+
+class Text(NamedTuple):
+    """Tokens of a corpus: int32 `(sequences, length)` for calibration and for evaluation, and the bytes that the
+    predicted tokens of the latter stand for."""
+
+    calibration: np.ndarray
+    held_out: np.ndarray
+    size: int
+
+
+def read_text(config: Mapping, tokenizer=None) -> Text:
+    """The tokens that a configuration asks for.
+
+    Args:
+      config: `seed`; `calibration` with `corpus`, `samples` and `length`; `evaluation` with `corpus` and `windows` of
+        the same length.
+      tokenizer: a `tokenizers.Tokenizer`; None for bytes.
+
+    Raises:
+      ValueError, FileNotFoundError: as `sparsejax.data.text`.
+    """
+    chosen, held_out = config["calibration"], config["evaluation"]
+    length = chosen["length"]
+    train = text.encode(text.read(chosen["corpus"], "train"), tokenizer)
+    calibration = text.sample(train, chosen["samples"], length, config["seed"])
+    test = text.encode(text.read(held_out["corpus"], "test"), tokenizer)
+    windows = text.windows(test, length, held_out["windows"])
+    return Text(calibration, windows, _bytes(windows[:, 1:], tokenizer))
+
+
+def _bytes(tokens, tokenizer) -> int:
+    if tokenizer is None:
+        return tokens.size
+    return sum(len(words.encode()) for words in tokenizer.decode_batch(tokens.tolist()))
+
+
+def apply_method(model, params: Mapping, tokens, config: Mapping, **keywords) -> compress.Compressed:
+    """Compresses a model as a configuration says.
+
+    Args:
+      model, params: a decoder and its parameters by part.
+      tokens: int32 `(sequences, length)`, for calibration.
+      config: `method` and its `options`, `sparsity`, `pattern` and `allocation`: "uniform", "owl", or a mapping of
+        layer patterns to sparsities.
+      keywords: `resume`, `sink` and `progress` of `sparsejax.compress.prune_layers`.
+
+    Raises:
+      ValueError: one sentence, for what the method cannot do.
+    """
+    method = compress.build(config["method"], **config["options"])
+    sparsity, pattern = config["sparsity"], config["pattern"]
+    if isinstance(method, compress.Whole):
+        if config["allocation"] != "uniform":
+            raise ValueError(
+                f"{config['method']} decides by itself how much of each layer it removes; leave out the allocation"
+            )
+        return method.run(model, params, tokens, sparsity, pattern, progress=keywords.get("progress"))
+    allocation = config["allocation"]
+    if isinstance(allocation, str) and choose("allocation", allocation, ALLOCATIONS) == "owl":
+        allocation = compress.owl(model, params, tokens, sparsity)
+    return compress.prune_layers(
+        method, model, params, tokens, sparsity, pattern, allocation=allocation, **keywords
+    )
+
+
+def parameters(params: Mapping) -> int:
+    """How many parameters there are, zeros included."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(dict(params)))
+
+
+def latency(networks: Mapping[str, tuple], tokens, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a forward pass of each of {name: (model, params)} on the same tokens, taking turns."""
+    inputs = jnp.asarray(tokens)
+    functions = {
+        name: blocking(lambda p, x, model=model: model.apply({"params": p}, x), dict(params), inputs)
+        for name, (model, params) in networks.items()
+    }
+    return measure(functions, repeats)
+
+
+def decoder(config: Mapping, runs: pathlib.Path):
+    """The decoder that a table's configuration describes under `decoder`, trained with its `seed`, or found in `runs`.
+
+    Returns:
+      (model, params).
+    """
+    wanted = dict(config["decoder"])
+    wanted |= {"seed": config["seed"], "eval_every": 0, "curves": False, "keep_checkpoints": 1}
+    found = obtain(
+        resolve(wanted | {"checkpoint_every": wanted["steps"]}),
+        runs,
+        None,
+        lambda each, folder: training.run(each, folder, progress=False, runs=runs),
+    )
+    return found.model, found.variables["params"]
+
+
+def run(config: Mapping, workdir: pathlib.Path) -> dict[str, Any]:
+    """Executes one row of a table; see `sparsejax.training.run` for the face of such a function.
+
+    Args:
+      config: `seed`; `decoder`, a training configuration; what `read_text` and `apply_method` read, where the method
+        "dense" leaves the model as it is; `repeats` of the latency, 0 to leave it out.
+      workdir: where `summary.json` is left; decoders lie beside it.
+
+    Returns:
+      `loss` in nats and `bits_per_byte` on held-out text, with those of the dense model (`dense_...`) and their
+      difference `damage` in bits; `sparsity` as the method counts it; `parameters_left`, the share of parameters that are
+      still stored; `speedup` of a forward pass, measured against the dense model; `seconds` of compression; and
+      what else the method reports as single numbers, as `report_...`.
+    """
+    keep_freed_memory()
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    model, params = decoder(config, workdir.parent)
+    tokens = read_text(config)
+    dense = compress.perplexity(model, params, tokens.held_out, size=tokens.size, progress=False)
+    begun = time.perf_counter()
+    if config["method"] == "dense":
+        found = compress.Compressed(model, params, None, {"sparsity": 0.0})
+    else:
+        found = apply_method(model, params, tokens.calibration, config, progress=False)
+    seconds = time.perf_counter() - begun
+    loss = compress.perplexity(found.model, found.params, tokens.held_out, size=tokens.size, progress=False)
+    summary = {f"dense_{name}": value for name, value in dense.items()} | loss
+    summary |= {
+        "damage": loss["bits_per_byte"] - dense["bits_per_byte"],
+        "sparsity": found.report["sparsity"],
+        "parameters_left": parameters(found.params) / parameters(params),
+        "seconds": round(seconds, 2),
+    }
+    if config["repeats"]:
+        networks = {"dense": (model, params), "ours": (found.model, found.params)}
+        times = latency(networks, tokens.held_out[:1], config["repeats"])
+        summary |= {"speedup": times["dense"] / times["ours"], "milliseconds": times["ours"]}
+    numbers = {name: value for name, value in found.report.items() if isinstance(value, int | float)}
+    summary |= {f"report_{name}": value for name, value in numbers.items() if name != "sparsity"}
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def peak_memory() -> int:
+    """The most memory that this process has used so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
