@@ -18,7 +18,9 @@ _SCALARS = 2**16  # entries of the lists that one call keeps in scalar memory, 2
 def dot(a, b, axis_of_a, axis_of_b):
     """Contracts one axis of each of two matrices, in float32."""
     contracted = (((axis_of_a,), (axis_of_b,)), ((), ()))
-    return lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+    # by default the matrix unit would round float32 to bfloat16
+    precision = lax.Precision.HIGHEST if jnp.float32 in (a.dtype, b.dtype) else None
+    return lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=jnp.float32)
 
 
 def over_lists(kernel, lists, lengths, *, rows, entries, outs, scratch, unit=1):

@@ -11,7 +11,7 @@ def reason():
     """Why no kernel can be called, or None."""
     try:
         import jax_triton
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # the latter where JAX has dropped what a release used
         return f"jax-triton cannot be imported ({error})"
     if jax_triton.__version_info__ <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
         return (

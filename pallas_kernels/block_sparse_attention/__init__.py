@@ -156,8 +156,8 @@ def _check(q, k, v, block_mask, block_q, block_k, soft_cap):
             "float32"
         )
     for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block < 1:
-            raise ValueError(f"{name} is {block}; it must be at least 1")
+        if not isinstance(block, int | np.integer) or block < 1:
+            raise ValueError(f"{name} is {block}; it must be an integer of at least 1")
     if soft_cap is not None and not (soft_cap > 0 and math.isfinite(soft_cap)):
         raise ValueError(f"soft_cap is {soft_cap}; it must be positive and finite, or None")
     shape = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q), -(-k.shape[1] // block_k))

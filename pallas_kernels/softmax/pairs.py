@@ -1,7 +1,7 @@
 """Exponentials as pairs of a mantissa and an integer exponent, and sums of them.
 
-Exponents are kept as float32, in which they are exact. Entries beyond +-2**15 count as +-2**15, far outside of what
-a softmax tells apart from 0 and 1; minus infinity is exactly 0.
+Exponents are kept as float32, in which they are exact. Entries beyond +-2**23, between which float32 has no fractions
+left, count as +-2**23; minus infinity is exactly 0.
 """
 
 import math
@@ -9,11 +9,11 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-# ln 2 in three parts; the first two have 8 bits, so that their products with exponents up to 2**16 are exact
+# ln 2 in three parts; the first two have 8 bits, so that their products with integers of 12 bits are exact
 _LN2 = (177 / 2**8, 228 / 2**17)
 _LN2 = (*_LN2, math.log(2) - sum(_LN2))
 _SERIES = tuple(1 / math.factorial(i) for i in range(7))
-_LARGEST = 2.0**15
+_LARGEST = 2.0**23
 NOTHING = -(2.0**30)  # exponent of an empty sum: below any, and differences with it stay finite
 
 
@@ -22,8 +22,12 @@ def exponential(x):
     empty, special = x == -jnp.inf, x - x  # 0, or NaN for what is not finite
     x = jnp.minimum(jnp.maximum(x, -_LARGEST), _LARGEST)
     n = jnp.round(x * (1 / math.log(2)))
-    # in [-ln(2) / 2, ln(2) / 2], where the series is exact
-    t = ((x - n * _LN2[0]) - n * _LN2[1]) - n * _LN2[2]
+    high = jnp.round(n * 2.0**-12) * 2.0**12  # two parts of at most 12 bits
+    low = n - high
+    t = (((x - high * _LN2[0]) - low * _LN2[0]) - high * _LN2[1]) - low * _LN2[1] - n * _LN2[2]
+    # n may be off by one where x is large; then t in [-ln(2) / 2, ln(2) / 2], where the series is exact
+    rest = jnp.round(t * (1 / math.log(2)))
+    t, n = t - rest * math.log(2), n + rest
     m = jnp.full_like(t, _SERIES[-1])
     for coefficient in _SERIES[-2::-1]:
         m = m * t + coefficient

@@ -76,7 +76,7 @@ def bitmap(q, keys: Packed, values: Packed, lengths, *, scale=None, soft_cap=Non
       q: (B, H, D) bfloat16, float16 or float32, D at most 256.
       keys, values: what `pack` makes of (B, Hkv, T, D): heads before tokens, so that what a head reads lies together.
         Values of the dtype of q; the budgets of keys and values may differ.
-      lengths: (B,) int32, the number of tokens of every sequence, at most T.
+      lengths: (B,) int32, the number of tokens of every sequence; what exceeds T counts as T.
       scale, soft_cap: as in `paged`.
       implementation: one of "reference", "xla", "pallas_gpu" (Hopper), "pallas_tpu", "triton", or None for the
         device's best.
@@ -91,6 +91,7 @@ def bitmap(q, keys: Packed, values: Packed, lengths, *, scale=None, soft_cap=Non
     q, lengths = jnp.asarray(q), jnp.asarray(lengths)
     keys, values = (Packed(*(jnp.asarray(x) for x in packed)) for packed in (keys, values))
     _check_bitmap(q, keys, values, lengths, soft_cap)
+    lengths = jnp.minimum(lengths, keys.values.shape[2])
     name = dispatch.pick(f"{OP}.bitmap", implementation, bitmap_reasons(q, keys, values))
     grouped = q.reshape(q.shape[0], keys.values.shape[1], -1, q.shape[-1])
     out, lse = _bitmap(grouped, *keys, *values, lengths, _config(q, scale, soft_cap), name)
@@ -108,9 +109,10 @@ def merge(outs, lses):
       The output (..., D) of the dtype of `outs` and its log-sum-exp (...).
     """
     outs, lses = jnp.asarray(outs), jnp.asarray(lses)
-    if lses.ndim < 1 or outs.shape[:-1] != lses.shape:
+    if lses.ndim < 1 or lses.shape[0] == 0 or outs.shape[:-1] != lses.shape:
         raise ValueError(
-            f"outs and lses have shapes {outs.shape} and {lses.shape}; they must be (parts, ..., D) and (parts, ...)"
+            f"outs and lses have shapes {outs.shape} and {lses.shape}; they must be (parts, ..., D) and (parts, ...) "
+            "with at least one part"
         )
     out, lse = xla.merge(outs.astype(jnp.float32), lses)
     return out.astype(outs.dtype), lse
@@ -231,6 +233,8 @@ def _check_bitmap(q, keys, values, lengths, soft_cap):
             "(B, Hkv, T, ceil(D / 8)) and (B, Hkv, T, budget)"
         )
     lead = (q.shape[0], *keys.values.shape[1:3])
+    if 0 in lead:
+        raise ValueError(f"keys.values has shape {keys.values.shape}; no axis may be empty")
     for name, packed in (("keys", keys), ("values", values)):
         expected = (*lead, -(-q.shape[-1] // 8))
         if packed.bitmap.shape != expected or packed.bitmap.dtype != jnp.uint8:
@@ -247,7 +251,9 @@ def _check_bitmap(q, keys, values, lengths, soft_cap):
 
 
 def _check_common(q, groups, dtypes, lengths, soft_cap):
-    if groups == 0 or q.shape[1] % groups or 0 in q.shape:
+    if 0 in q.shape:
+        raise ValueError(f"q has shape {q.shape}; no axis may be empty")
+    if groups == 0 or q.shape[1] % groups:
         raise ValueError(
             f"q has shape {q.shape}; its heads must be a multiple of the {groups} heads of the cache"
         )

@@ -30,6 +30,8 @@ def pack(x, budget: int) -> Packed:
     Exact if no vector has more non-zeros than that. Zeros are never marked as stored.
     """
     x = jnp.asarray(x)
+    if x.ndim < 1:
+        raise ValueError("x must be vectors (..., D), but it is a single number")
     channels = x.shape[-1]
     if not 1 <= budget <= channels:
         raise ValueError(f"budget is {budget}; it must be from 1 to the {channels} channels")

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ def test_packing_keeps_the_largest_and_is_exact(data):
 
 TRITON = """
 import sys
+import jax
 import jax.numpy as jnp, numpy as np
 sys.path.insert(0, "tests/pallas_kernels")
 import test_sparse_decode_attention as cases
@@ -69,6 +71,10 @@ def test_bad_packed_caches_are_told_in_one_sentence():
         ),
         ((q, keys, values._replace(values=values.values[:, :, :4])), "values.values has shape (2, 2, 4, 8)"),
         ((q[0], keys, values), "they must be (B, H, D), (B, Hkv, T, ceil(D / 8)) and (B, Hkv, T, budget)"),
+        (
+            (q, type(keys)(keys.bitmap[:, :, :0], keys.values[:, :, :0]), values),
+            "keys.values has shape (2, 2, 0, 8); no axis may be empty",
+        ),
         ((q[:, :3], keys, values), "its heads must be a multiple of the 2 heads of the cache"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -76,3 +82,13 @@ def test_bad_packed_caches_are_told_in_one_sentence():
     for budget in (0, 17):
         with pytest.raises(ValueError, match=f"budget is {budget}; it must be from 1 to the 16 channels"):
             decode.pack(jnp.zeros((2, 16)), budget)
+    with pytest.raises(ValueError, match="it is a single number"):
+        decode.pack(jnp.float32(1), 1)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_lengths_beyond_the_cache_count_as_all_of_it(implementation):
+    q, keys, values, lengths = make_bitmap(2, 4, 2, 16, 9, (8, 8))
+    whole = decode.bitmap(q, keys, values, jnp.full_like(lengths, 9), implementation=implementation)
+    beyond = decode.bitmap(q, keys, values, jnp.asarray([10, 200], jnp.int32), implementation=implementation)
+    jax.tree.map(np.testing.assert_array_equal, whole, beyond)

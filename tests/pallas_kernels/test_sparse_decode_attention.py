@@ -177,11 +177,12 @@ def test_gradients_are_those_of_the_softmax():
 
 
 @pytest.mark.parametrize(
-    ("implementation", "page"), [("pallas_gpu", 16), ("pallas_gpu", 128), ("pallas_tpu", 16)]
+    ("implementation", "page", "channels"),
+    [("pallas_gpu", 16, 128), ("pallas_gpu", 128, 128), ("pallas_gpu", 64, 256), ("pallas_tpu", 16, 128)],
 )
-def test_paged_is_lowered_without_the_device(implementation, page):
-    *args, table, lengths = make_paged(2, 8, 2, 128, 9, page, 6, dtype=jnp.bfloat16)
-    args[0] = args[0].reshape(2, 2, 4, 128)
+def test_paged_is_lowered_without_the_device(implementation, page, channels):
+    *args, table, lengths = make_paged(2, 8, 2, channels, 9, page, 6, dtype=jnp.bfloat16)
+    args[0] = args[0].reshape(2, 2, 4, channels)
     shapes = [(x.shape, x.dtype) for x in (*args, table, lengths)]
     paged = MODULES[implementation].paged
     assert_lowers(implementation, lambda *args: paged(*args, Config(0.1, 30.0)), *shapes)
@@ -221,6 +222,8 @@ def test_merged_parts_are_the_whole():
     assert_close(decode.merge(outs, lses), one_query(q, k, v, 1.0, None), jnp.float32)
     out, lse = decode.merge(jnp.ones((2, 3, 4)), jnp.full((2, 3), -jnp.inf))
     assert (out == 0).all() and (lse == -jnp.inf).all()
+    with pytest.raises(ValueError, match="with at least one part"):
+        decode.merge(jnp.zeros((0, 3, 4)), jnp.zeros((0, 3)))
     with pytest.raises(ValueError, match=re.escape("they must be (parts, ..., D) and (parts, ...)")):
         decode.merge(outs, lses[:2])
 

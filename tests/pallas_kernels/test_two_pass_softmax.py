@@ -1,6 +1,7 @@
 """The two-pass softmax against float64, for every implementation."""
 
 import functools
+import math
 import re
 
 import jax
@@ -53,6 +54,9 @@ def test_what_is_not_an_ordinary_number(implementation, monkeypatch):
         (0.0, 0.0, -1e9, float(np.finfo(np.float32).min)): (0.5, 0.5, 0, 0),
         (-1e9, -1e9, -1e9, -1e9): (0.25, 0.25, 0.25, 0.25),
         (30000.0, 30000.0, 29000.0, -30000.0): (0.5, 0.5, 0, 0),
+        (40000.0, 40001.0, -inf, -inf): (1 / (1 + math.e), 1 / (1 + 1 / math.e), 0, 0),
+        (-1e6, -1e6 - 1, -2e6, -inf): (1 / (1 + 1 / math.e), 1 / (1 + math.e), 0, 0),
+        (8e6, 8e6 - 2, 8e6 - 200, 0.0): (1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2)), 0, 0),
         (1.0, nan, 2.0, 0.0): (nan,) * 4,
         (1.0, inf, 2.0, 0.0): (nan,) * 4,
     }
