@@ -5,6 +5,7 @@ from sparsejax import (
     bayes,
     flops,
     formats,
+    interop,
     masks,
     nn,
     patterns,

@@ -5,9 +5,9 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.interop.families import FAMILIES, Bias, Family, Key, Same
+from sparsejax.interop.families import FAMILIES
+from sparsejax.interop.family import Bias, Family, Key, Same, Variant
 from sparsejax.masks import choose
-from sparsejax.models import rotary
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 IRRELEVANT = ("linear", "dtype", "layers", "mlp_ratio", "parent", "name")
@@ -25,8 +25,8 @@ def family_of(config: Mapping) -> Family:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def attributes(family: Family, config: Mapping) -> dict[str, Any]:
-    """The attributes of our model that a config describes.
+def attributes(family: Family, variant: Variant, config: Mapping) -> dict[str, Any]:
+    """The attributes of our model that the config of a variant describes.
 
     Raises:
       ValueError: for a value of the wrong type, or one that our models cannot follow.
@@ -35,39 +35,47 @@ def attributes(family: Family, config: Mapping) -> dict[str, Any]:
         wanted = config.get(wanted.name) if isinstance(wanted, Same) else wanted
         if config.get(name) not in (None, wanted):
             raise ValueError(
-                f"{family.architecture} with {name}={config[name]!r} is not supported (only {wanted!r})"
+                f"{variant.architecture} with {name}={config[name]!r} is not supported (only {wanted!r})"
             )
     if config.get("quantization_config"):
         raise ValueError(
             "checkpoints with a quantization_config are not supported; save one in float32 or bfloat16"
         )
     found = {attribute: _value(config, key) for attribute, key in family.keys.items()}
-    found |= family.fixed
+    found |= {**family.fixed, **variant.attributes}
     found["bias"] = tuple(name for bias in family.bias if _has_bias(config, bias) for name in bias.names)
+    if variant.classes is not None:
+        classes = {"none": 0, "vocabulary": found.get("vocabulary"), "labels": _labels(config)}
+        found["classes"] = classes[variant.classes]
     if family.theta is not None:
         found |= _read_rotary(config, family.theta)
-        width = found.get("head_width") or found["width"] // found["heads"]
-        rotary.frequencies(
-            width, found["rotary_theta"], found["rotary_scaling"]
-        )  # raises if it cannot be followed
     if family.layered_window:
         found["window"] = _read_window(config, found["depth"])
     return found
 
 
 def _value(config: Mapping, key: Key):
+    """What an entry says, in our words."""
     value = config.get(key.name, key.default)
     if key.values is not None:
         return choose(key.name, value, key.values)
-    kind = bool if isinstance(key.default, bool) else numbers.Integral
-    if isinstance(key.default, float):
-        kind = numbers.Real
-    is_bool = isinstance(value, bool)
     if value is None and (key.default is None or key.is_optional):
         return None
-    if not isinstance(value, kind) or is_bool != (kind is bool):
-        raise ValueError(f"{key.name} in config.json must be of type {kind.__name__.lower()}, got {value!r}")
-    return value
+    if isinstance(key.default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{key.name} in the config must be true or false, got {value!r}")
+        return value
+    is_real = isinstance(key.default, float)
+    kind, least = (numbers.Real, 0) if is_real else (numbers.Integral, key.least + key.extra)
+    if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+        what = "a number" if is_real else "a whole number"
+        raise ValueError(f"{key.name} in the config must be {what} of at least {least}, got {value!r}")
+    return value - key.extra
+
+
+def _labels(config: Mapping) -> int:
+    """How many labels a classifier has; transformers takes 2 if the config does not say it."""
+    return len(config.get("id2label") or ()) or config.get("num_labels") or 2
 
 
 def _has_bias(config: Mapping, bias: Bias) -> bool:
@@ -116,6 +124,8 @@ def resolved(model) -> dict[str, Any]:
         scaling = dict(found["rotary_scaling"])
         is_default = scaling.get("rope_type", scaling.get("type")) == "default"
         found["rotary_scaling"] = None if is_default else scaling
+    if found.get("vocabulary", 0) is None:
+        found["vocabulary"] = model.classes
     if not found.get("experts", 0):
         found.pop("experts_per_token", None)
     unused = () if found.get("gated", False) else ("gate",)
@@ -129,7 +139,7 @@ def with_biases(family: Family, names) -> tuple[str, ...]:
     return tuple(name for group in groups for name in group)
 
 
-def describe(family: Family, model, config: Mapping, dtype: str) -> dict[str, Any]:
+def describe(family: Family, variant: Variant, model, config: Mapping, dtype: str) -> dict[str, Any]:
     """`config` with the entries that a checkpoint of `model` needs; those that fit already stay as they are.
 
     Args:
@@ -142,9 +152,9 @@ def describe(family: Family, model, config: Mapping, dtype: str) -> dict[str, An
     """
     wanted = resolved(model)
     same = [name for name, value in family.requires.items() if isinstance(value, Same) and name in config]
-    found = {**config, "architectures": [family.architecture], **dict.fromkeys(same, wanted["width"])}
+    found = {**config, "architectures": [variant.architecture], **dict.fromkeys(same, wanted["width"])}
     found["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    implied = {"hidden": 4 * wanted["width"], "kv_heads": wanted["heads"]}
+    implied = {"hidden": 4 * wanted["width"], "kv_heads": wanted.get("heads")}
     implied["head_width"] = wanted["width"] // wanted["heads"]
     for attribute, key in family.keys.items():
         now = _value(found, key)
@@ -153,18 +163,20 @@ def describe(family: Family, model, config: Mapping, dtype: str) -> dict[str, An
     for bias in family.bias:
         if bias.switch is not None and _has_bias(found, bias) != bool(set(bias.names) & wanted["bias"]):
             found[bias.switch] = not _has_bias(found, bias)
+    if variant.classes == "labels" and _labels(found) != wanted["classes"]:
+        found["id2label"] = {str(i): f"LABEL_{i}" for i in range(wanted["classes"])}
+        found["label2id"] = {label: int(i) for i, label in found["id2label"].items()}
     if family.theta is not None:
         _write_rotary(family, found, wanted["rotary_theta"], wanted["rotary_scaling"])
     if family.layered_window:
         _write_window(found, wanted["window"], wanted["depth"])
-    optional = {name: wanted[name] for name in family.optional}
-    _check(family, wanted, resolved(family.model(**attributes(family, found), **optional)))
+    _check(variant, wanted, resolved(family.model(**attributes(family, variant, found))))
     return found
 
 
 def _theirs(key: Key, value):
     if key.values is None:
-        return value
+        return value + key.extra if key.extra else value
     return next((theirs for theirs, ours in key.values.items() if ours == value), value)
 
 
@@ -185,12 +197,12 @@ def _write_window(config: dict, window: int | None, depth: int) -> None:
         config |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
 
 
-def _check(family: Family, wanted: Mapping, found: Mapping) -> None:
+def _check(variant: Variant, wanted: Mapping, found: Mapping) -> None:
     for name, value in wanted.items():
         if found[name] == value:
             continue
         if name == "bias":
             value, found = sorted(value), {name: sorted(found[name])}
         raise ValueError(
-            f"a checkpoint of {family.architecture} cannot express {name}={value!r} (it would mean {found[name]!r})"
+            f"a checkpoint of {variant.architecture} cannot express {name}={value!r} (it would mean {found[name]!r})"
         )

@@ -25,12 +25,13 @@ import numpy as np
 from absl import logging
 
 from sparsejax.interop.configs import attributes, family_of
-from sparsejax.interop.families import Family
+from sparsejax.interop.family import Family, Variant
 from sparsejax.interop.tensors import DTYPES, Files, Place, file_shape, from_file, place, read_json
 from sparsejax.interop.tokenization import tokenizer
-from sparsejax.interop.writing import Writer, shapes, writer
+from sparsejax.interop.writing import join, shapes, writer
 from sparsejax.masks import choose
 
+__all__ = ["Checkpoint", "LazyParams", "load", "save", "tokenizer", "writer"]
 CONFIG = "config.json"
 
 
@@ -58,10 +59,7 @@ class LazyParams(Mapping):
         self._files, self._model, self._dtype = files, model, dtype
         self._shapes = shapes(family, model, config)
         self._places = {
-            part: {
-                path: place(family, f"{part}/{path}" if path else part, shape)
-                for path, shape in leaves.items()
-            }
+            part: {path: place(family, join(part, path), shape) for path, shape in leaves.items()}
             for part, leaves in self._shapes.items()
         }
 
@@ -94,42 +92,40 @@ class LazyParams(Mapping):
         array = np.stack(arrays) if where.is_stacked else arrays[0]
         return jnp.asarray(np.ascontiguousarray(array.astype(self._dtype or array.dtype, copy=False)))
 
-    def check(self, family: Family) -> None:
+    def check(self, family: Family, variant: Variant) -> None:
         """Raises ValueError, naming the first tensor, unless the files hold exactly those that the model needs."""
         used = set()
         for part, leaves in self._places.items():
             for path, where in leaves.items():
                 shape = file_shape(where, self._shapes[part][path], self._model)
                 for name in where.tensors:
-                    self._check_tensor(name, shape)
+                    self._check_tensor(name, variant.written(name), shape)
                     used.add(name)
-        extra = [name for name in self._files if name not in used]
         ignored = (
             (*family.ignored, "lm_head.weight") if getattr(self._model, "tied", False) else family.ignored
         )
-        extra = [name for name in extra if not _matches(name, ignored)]
-        heads = [name for name in extra if _matches(name, family.heads)]
-        if heads:
-            logging.warning(
-                "%s, a head that %s lacks, is left out", ", ".join(heads), type(self._model).__name__
-            )
-        unknown = sorted(set(extra) - set(heads))
+        extra = [name for name in self._files if name not in used and not _matches(name, ignored)]
+        unread = [name for name in extra if _matches(name, family.unread)]
+        if unread:
+            logging.warning("%s: not in %s, left out", ", ".join(unread), type(self._model).__name__)
+        unknown = sorted(set(extra) - set(unread))
         if unknown:
+            file, tensor = self._files.origin(unknown[0])
+            others = f" (nor {len(unknown) - 1} others)" if len(unknown) > 1 else ""
             raise ValueError(
-                f"{self._files.file(unknown[0])} holds the tensor {unknown[0]}, which {family.architecture} with "
-                f"this config does not have{_more(unknown)}"
+                f"{file} holds the tensor {tensor}, which {variant.architecture} with this config does not have{others}"
             )
 
-    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check_tensor(self, name: str, written: str, shape: tuple[int, ...]) -> None:
         if name not in self._files:
-            raise ValueError(f"the tensor {name} is missing in {str(self._files.folder)!r}")
+            raise ValueError(f"the tensor {written} is missing in {str(self._files.folder)!r}")
         dtype, found = self._files.header(name)
         if dtype not in DTYPES:
             raise ValueError(
-                f"the tensor {name} is of dtype {dtype}, but must be of {', '.join(sorted(DTYPES))}"
+                f"the tensor {written} is of dtype {dtype}, but must be of {', '.join(sorted(DTYPES))}"
             )
         if found != shape:
-            raise ValueError(f"the tensor {name} has shape {found}, but config.json asks for {shape}")
+            raise ValueError(f"the tensor {written} has shape {found}, but config.json asks for {shape}")
 
 
 def load(folder: str | os.PathLike, dtype: str | None = None, *, lazy: bool = False) -> Checkpoint:
@@ -153,12 +149,11 @@ def load(folder: str | os.PathLike, dtype: str | None = None, *, lazy: bool = Fa
         raise ValueError(f"{str(folder)!r} holds no {CONFIG}")
     config = read_json(folder / CONFIG)
     family = family_of(config)
-    found = attributes(family, config)
     files = Files(folder, family)
-    found |= {name: tensor in files for name, tensor in family.optional.items()}
-    model = family.model(**found)
+    variant = family.variant(files)
+    model = family.model(**attributes(family, variant, config))
     params = LazyParams(files, family, model, config, dtype)
-    params.check(family)
+    params.check(family, variant)
     return Checkpoint(model, params if lazy else dict(params), config)
 
 
@@ -184,14 +179,9 @@ def save(
         )
     with writer(folder, model, config, source=source, card=card, shard_bytes=shard_bytes) as out:
         for part in model.parts():
-            if part not in params:
-                raise ValueError(f"the parameters lack {part!r}")
-            out[part] = params[part]
+            if part in params:
+                out[part] = params[part]
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _more(names: list[str]) -> str:
-    return f" (nor {len(names) - 1} others)" if len(names) > 1 else ""

@@ -10,7 +10,7 @@ import ml_dtypes  # noqa: F401  (safetensors finds NumPy's bfloat16 through it)
 import numpy as np
 import safetensors
 
-from sparsejax.interop.families import Family
+from sparsejax.interop.family import Family
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,7 +41,9 @@ def place(family: Family, path: str, shape: tuple[int, ...]) -> Place:
     if name is None:
         name, suffix = family.tensors.get(module), SUFFIXES.get(leaf)
     if name is None or suffix is None:
-        raise ValueError(f"a {family.architecture} checkpoint has no place for the parameter {path}")
+        raise ValueError(
+            f"a checkpoint of {family.variants[0].architecture} has no place for the parameter {path}"
+        )
     name, _, part = name.partition("[")
     part = tuple(map(int, part.rstrip("]").split("/"))) if part else (0, 1)
     layout = family.layouts.get(module, family.kernels) if leaf == "kernel" else "same"
@@ -79,7 +81,7 @@ def file_shape(where: Place, shape: tuple[int, ...], model) -> tuple[int, ...]:
 
 
 class Files:
-    """The tensors of a folder by name, read when they are asked for.
+    """The tensors of a folder by the names of `Family.tensors`, read when they are asked for.
 
     Raises:
       ValueError: for a folder without weights, an index that is not one or names files or tensors that are not
@@ -92,7 +94,9 @@ class Files:
         for file, tensors in self._files().items():
             for tensor in tensors:
                 name = next((tensor[: -len(a)] + b for a, b in LEGACY.items() if tensor.endswith(a)), tensor)
-                self._names[family.canonical(name)] = (file, tensor)
+                for variant in family.variants:
+                    name = name.removeprefix(variant.prefix)
+                self._names[name] = (file, tensor)
 
     def __iter__(self):
         return iter(self._names)
@@ -100,9 +104,9 @@ class Files:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
-    def file(self, name: str) -> str:
-        """The name of the file that holds a tensor."""
-        return self._names[name][0]
+    def origin(self, name: str) -> tuple[str, str]:
+        """The file that holds a tensor, and the tensor's name there."""
+        return self._names[name]
 
     def header(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The dtype, as safetensors calls it, and the shape of a tensor, without reading it."""

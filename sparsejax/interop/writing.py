@@ -14,10 +14,11 @@ import safetensors.numpy
 
 from sparsejax.formats.base import is_packed
 from sparsejax.interop.configs import describe, family_of
-from sparsejax.interop.families import Family
+from sparsejax.interop.family import Family
 from sparsejax.interop.padding import pad, uniform
 from sparsejax.interop.tensors import DTYPES, INDEX, SINGLE, place, to_file
 from sparsejax.masks import choose, flatten
+from sparsejax.models.layers import layer_sizes
 
 COPIED = (  # what a folder says about its texts, images and pooling
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -35,7 +36,10 @@ def shapes(family: Family, model, config: Mapping) -> dict[str, dict[str, tuple[
     """
     inputs = jax.ShapeDtypeStruct(*family.example(config))
     tree = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
-    return {part: {path: leaf.shape for path, leaf in flatten(tree[part]).items()} for part in model.parts()}
+    return {
+        part: {path: leaf.shape for path, leaf in flatten(tree.get(part, {})).items()}
+        for part in model.parts()
+    }
 
 
 def writer(
@@ -84,13 +88,15 @@ class Writer:
         self._family = family_of(config)
         if type(model) is not self._family.model:
             raise ValueError(
-                f"a checkpoint of {self._family.architecture} needs a {self._family.model.__name__}, "
+                f"a checkpoint of {self._family.variants[0].architecture} needs a {self._family.model.__name__}, "
                 f"got a {type(model).__name__}"
             )
         self._config, self._card, self._shard_bytes = dict(config), card, shard_bytes
         self._model, self._target = model, uniform(model, self._family)
-        self._describe("float32")  # so that a model that cannot be written is found out before the work
         self._shapes, self._wanted = (shapes(self._family, each, config) for each in (model, self._target))
+        self._names(self._shapes)  # raises for parameters that have no place in a checkpoint
+        self._variant = self._family.variant(self._names(self._wanted))
+        self._describe("float32")  # so that a model that cannot be written is found out before the work
         self._waiting, self._waiting_bytes = {}, 0
         self._files, self._done, self._dtype = [], [], None  # files: the names of each one's tensors
         self._parameters = self._bytes = 0
@@ -113,13 +119,9 @@ class Writer:
             raise ValueError(f"{part} was written already")
         leaves = {path: np.asarray(leaf) for path, leaf in _dense(subtree).items()}
         self._check(part, leaves)
-        if part.startswith("block_") and self._target is not self._model:
-            layers = getattr(self._model, "layers", ())
-            if layers:
-                layer = self._model.layer(int(part.removeprefix("block_")))
-            else:
-                layer = self._target.layer(0)
-            leaves = pad(leaves, layer, self._target, self._wanted[part])
+        if part.startswith("block_"):
+            sizes = layer_sizes(self._model, int(part.removeprefix("block_")))
+            leaves = pad(leaves, sizes, self._target, self._wanted[part], self._dtype or "float32")
         for name, tensor in self._tensors(part, leaves).items():
             self._waiting[name] = tensor
             self._waiting_bytes += tensor.nbytes
@@ -130,7 +132,7 @@ class Writer:
     def _check(self, part: str, leaves: Mapping[str, np.ndarray]) -> None:
         wanted = self._shapes[part]
         for path in (*wanted, *leaves):
-            name = f"{part}/{path}" if path else part
+            name = join(part, path)
             if path not in leaves or path not in wanted:
                 raise ValueError(
                     f"{name} is {'missing' if path in wanted else 'not a parameter of the model'}"
@@ -144,17 +146,28 @@ class Writer:
                 )
             self._dtype = self._dtype or str(leaves[path].dtype)
 
+    def _names(self, shapes: Mapping[str, Mapping]) -> list[str]:
+        """The tensors that hold parts of these shapes, by the names of `Family.tensors`."""
+        return [
+            name
+            for part, leaves in shapes.items()
+            for path, shape in leaves.items()
+            for name in place(self._family, join(part, path), shape).tensors
+        ]
+
     def _tensors(self, part: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The tensors that hold the leaves of one part."""
+        """The tensors that hold the leaves of one part, by their names in the file."""
         pieces = {}
         for path, leaf in leaves.items():
-            where = place(self._family, f"{part}/{path}" if path else part, leaf.shape)
+            where = place(self._family, join(part, path), leaf.shape)
             arrays = leaf if where.is_stacked else leaf[None]
             for name, array in zip(where.tensors, arrays, strict=True):
                 pieces.setdefault(name, {})[where.part[0]] = to_file(array, where.layout, self._model)
         joined = {name: [found[k] for k in sorted(found)] for name, found in pieces.items()}
         return {
-            name: np.ascontiguousarray(np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0])
+            self._variant.written(name): np.ascontiguousarray(
+                np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+            )
             for name, arrays in joined.items()
         }
 
@@ -169,9 +182,12 @@ class Writer:
         self._waiting, self._waiting_bytes = {}, 0
 
     def _describe(self, dtype: str) -> dict[str, Any]:
-        return describe(self._family, self._target, self._config, dtype)
+        return describe(self._family, self._variant, self._target, self._config, dtype)
 
     def _finish(self) -> None:
+        for part, leaves in self._shapes.items():
+            if not leaves and part not in self._done:  # a block without sub-blocks has no parameters
+                self[part] = {}
         missing = [part for part in self._shapes if part not in self._done]
         if missing:
             raise ValueError(f"{', '.join(missing)} of the model were not written, so there is no folder")
@@ -207,6 +223,11 @@ def _dense(subtree) -> dict[str, Any]:
         lambda leaf: leaf.to_dense() if is_packed(leaf) else leaf, subtree, is_leaf=is_packed
     )
     return flatten(dense)
+
+
+def join(part: str, path: str) -> str:
+    """The path of a leaf in the whole tree; a part that is a leaf itself has the path ""."""
+    return f"{part}/{path}" if path else part
 
 
 def _write_json(path: Path, value: Mapping) -> None:

@@ -1,0 +1,215 @@
+"""Every family against transformers' own outputs, and the ways to read a folder against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_folders import (
+    DECODERS,
+    GOLDEN,
+    assert_close,
+    assert_identical,
+    config,
+    edit,
+    expected,
+    run,
+    tensors,
+)
+
+from sparsejax.interop.huggingface import load, save
+from sparsejax.interop.tensors import Files
+from sparsejax.models import generate
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders_reproduce_the_logits_of_transformers(family):
+    wanted = expected(family)
+    assert_close(run(load(GOLDEN / family, "float32"), wanted["tokens"]), wanted["logits"])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "minilm"])
+def test_encoders_reproduce_the_hidden_states_of_transformers(family):
+    wanted = expected(family)
+    inputs = [wanted[name] for name in ("tokens", "types", "mask")]
+    checkpoint = load(GOLDEN / family)
+    assert_close(run(checkpoint, *inputs, method="encode"), wanted["hidden"])
+    assert checkpoint.model.pooler == ("pooled" in wanted)
+    if "pooled" in wanted:
+        outputs = run(checkpoint, wanted["tokens"], types=wanted["types"], mask=wanted["mask"])
+        assert_close(outputs, wanted["pooled"])
+
+
+def test_vision_transformers_reproduce_the_logits_of_transformers():
+    wanted = expected("vit")
+    assert_close(run(load(GOLDEN / "vit"), wanted["images"]), wanted["logits"])
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+def test_generation_with_a_cache_is_that_of_transformers(family):
+    wanted, checkpoint = expected(family), load(GOLDEN / family)
+    length = wanted["tokens"].shape[1]
+    with jax.default_matmul_precision("highest"):
+        found = generate(checkpoint.model, checkpoint.params, wanted["tokens"], wanted["generated"].shape[1])
+    np.testing.assert_array_equal(found[:, :length], wanted["tokens"])
+    np.testing.assert_array_equal(found[:, length:], wanted["generated"])
+
+
+def test_tensors_keep_their_dtype_unless_another_is_asked_for():
+    for family, dtype in (("llama", "float32"), ("qwen3", "bfloat16")):
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(load(GOLDEN / family).params)} == {dtype}
+    stored, small = load(GOLDEN / "llama").params, load(GOLDEN / "llama", "bfloat16")
+    assert_identical(small.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stored))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "mixtral"])
+def test_lazy_parameters_are_the_same_and_read_one_part(family, monkeypatch):
+    eager, lazy = load(GOLDEN / family), load(GOLDEN / family, lazy=True)
+    assert tuple(lazy.params) == eager.model.parts() and len(lazy.params) == len(eager.params)
+    assert_identical(dict(lazy.params), eager.params)
+    read, names = Files.read, []
+    monkeypatch.setattr(Files, "read", lambda self, name, part: names.append(name) or read(self, name, part))
+    lazy.params["block_1"]
+    assert names and all(".1." in name for name in names)
+    with pytest.raises(ValueError, match="unknown part 'block_2'.*block_1"):
+        lazy.params["block_2"]
+
+
+def test_older_files_of_gpt2_have_no_prefix_but_buffers(tmp_path):
+    def older(found):
+        found = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+        return found | {"h.0.attn.bias": np.ones((1, 1, 24, 24), np.float32)}
+
+    folder = edit(tmp_path, "gpt2", change_tensors=older)
+    assert_identical(load(folder).params, load(GOLDEN / "gpt2").params)
+
+
+def test_older_configs_say_rope_theta_and_rope_scaling(tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    folder = edit(tmp_path, "llama", {"rope_parameters": "absent", "rope_theta": 60.0, "rope_scaling": rope})
+    assert load(folder).model == load(GOLDEN / "llama").model
+    folder = edit(tmp_path, "qwen2", {"rope_parameters": "absent", "rope_theta": 90.0})
+    assert load(folder).model == load(GOLDEN / "qwen2").model
+
+
+def test_a_tied_head_may_be_stored_too(tmp_path):
+    def store(found):
+        return found | {"lm_head.weight": found["model.embed_tokens.weight"]}
+
+    folder = edit(tmp_path, "llama_tied", change_tensors=store)
+    assert_identical(load(folder).params, load(GOLDEN / "llama_tied").params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2}, 5),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "layer_types": "absent",
+                "max_window_layers": 0,
+            },
+            5,
+        ),
+        ({"use_sliding_window": True, "sliding_window": 5, "layer_types": "absent"}, None),
+        ({"use_sliding_window": False, "sliding_window": 5, "layer_types": "absent"}, None),
+    ],
+)
+def test_sliding_windows_of_qwen(tmp_path, changes, window):
+    assert load(edit(tmp_path, "qwen2", changes), lazy=True).model.window == window
+
+
+def test_old_files_of_bert_say_gamma_and_beta(tmp_path):
+    def older(found):
+        names = {
+            name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+            for name in found
+        }
+        old = {"bert." + names[name]: tensor for name, tensor in found.items()}
+        return old | {"bert.embeddings.position_ids": np.arange(24)[None]}
+
+    folder = edit(tmp_path, "bert", change_tensors=older)
+    assert_identical(load(folder).params, load(GOLDEN / "bert").params)
+
+
+def masked_head(found, names):
+    """The tensors with a head for masked tokens on top, without the pooler."""
+    random = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    tops = dict(
+        zip(names, (random, random[0], random[1], random[2], np.arange(96, dtype=np.float32)), strict=True)
+    )
+    return {name: tensor for name, tensor in found.items() if "pooler" not in name} | tops
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "names"),
+    [
+        (
+            "bert",
+            "bert.",
+            ("transform.dense.weight", "transform.dense.bias", "transform.LayerNorm.weight")
+            + ("transform.LayerNorm.bias", "bias"),
+        ),
+        (
+            "roberta",
+            "roberta.",
+            ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias"),
+        ),
+    ],
+)
+def test_encoders_with_a_head_for_masked_tokens(tmp_path, family, prefix, names):
+    top = {"bert": "cls.predictions.", "roberta": "lm_head."}[family]
+    folder = edit(
+        tmp_path,
+        family,
+        change_tensors=lambda found: masked_head(
+            {prefix + name: tensor for name, tensor in found.items()}, [top + name for name in names]
+        ),
+    )
+    model, params, old = load(folder)
+    assert model.tied and model.classes == 96 and not model.pooler
+    np.testing.assert_array_equal(params["head_bias"], np.arange(96))
+    np.testing.assert_array_equal(
+        params["transform"]["kernel"].T[0, :3], tensors(folder)[top + names[0]][0, :3]
+    )
+    save(tmp_path / "again", model, params, old)
+    assert_identical(tensors(tmp_path / "again"), tensors(folder))
+    assert config(tmp_path / "again")["architectures"] == [
+        {"bert": "BertForMaskedLM"}.get(family, "RobertaForMaskedLM")
+    ]
+
+
+def test_encoders_with_a_head_for_labels(tmp_path):
+    def classify(found):
+        found = {"bert." + name: tensor for name, tensor in found.items()}
+        return found | {
+            "classifier.weight": np.ones((3, 32), np.float32),
+            "classifier.bias": np.ones(3, np.float32),
+        }
+
+    folder = edit(tmp_path, "bert", {"id2label": {"0": "a", "1": "b", "2": "c"}}, classify)
+    model, params, old = load(folder)
+    assert (model.classes, model.pool, model.pooler) == (3, "first", True)
+    save(tmp_path / "again", model, params, old)
+    assert_identical(tensors(tmp_path / "again"), tensors(folder))
+    assert config(tmp_path / "again") == {
+        **config(folder),
+        "architectures": ["BertForSequenceClassification"],
+    }
+
+
+def test_heads_that_our_encoders_lack_are_left_out_with_a_warning(tmp_path, caplog):
+    def answer(found):
+        found = {"bert." + name: tensor for name, tensor in found.items()}
+        return found | {"qa_outputs.weight": np.ones((2, 32), np.float32)}
+
+    checkpoint = load(edit(tmp_path, "bert", change_tensors=answer))
+    assert "qa_outputs.weight: not in Encoder, left out" in caplog.text
+    assert_identical(checkpoint.params, load(GOLDEN / "bert").params)
