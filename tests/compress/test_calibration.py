@@ -12,7 +12,9 @@ from sparsejax import compress, formats
 from sparsejax.allocation import erdos_renyi
 from sparsejax.compress import CompressionWarning, Layerwise, prune_layers
 from sparsejax.compress.base import select
+from sparsejax.models.encoder import Encoder
 from sparsejax.models.transformer import Transformer
+from sparsejax.models.vision_transformer import VisionTransformer
 from sparsejax.patterns import NM, Unstructured
 
 MODEL = Transformer(classes=32, depth=2, width=16, heads=4, hidden=32, max_length=24)
@@ -255,6 +257,31 @@ def test_statistics_of_a_dense_pass():
             block.stats["mlp/up/kernel"]["gram"], x.T @ x / len(x), rtol=1e-3, atol=1e-4
         )
         np.testing.assert_allclose(block.stats["mlp/up/kernel"]["variance"], x.var(0), rtol=1e-3, atol=1e-5)
+
+
+def test_padding_does_not_count():
+    model = Encoder(classes=0, vocabulary=32, depth=1, width=16, heads=4, hidden=32, max_length=24, pad=0)
+    tokens = np.maximum(TOKENS, 1)
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+    padded = np.pad(tokens[:, :15], ((0, 0), (0, 5)))
+    one, other = (next(compress.observe(model, params, t, ("square",))) for t in (tokens[:, :15], padded))
+    assert list(one.layers) == list(PATHS)
+    for path in PATHS:
+        np.testing.assert_allclose(
+            one.stats[path]["square"], other.stats[path]["square"], rtol=1e-4, err_msg=path
+        )
+        assert one.stats[path]["count"] == other.stats[path]["count"] == 6 * 15
+
+
+def test_vision_transformers():
+    model = VisionTransformer(classes=3, patch=4, width=16, depth=2, heads=4, mlp_ratio=2)
+    images = np.asarray(jax.random.normal(jax.random.key(0), (4, 8, 8, 1)))
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    result = run(model=model, params=params, tokens=images)
+    assert list(result.report["layers"]) == [f"block_{i}/{path}" for i in (0, 1) for path in PATHS]
+    assert result.report["sparsity"] == 0.5
+    same({k: v for k, v in result.params.items() if not k.startswith("block")},
+         {k: v for k, v in params.items() if not k.startswith("block")})  # fmt: skip
 
 
 # --- experts -----------------------------------------------------------------------------------------
