@@ -13,6 +13,7 @@ from sparsejax.formats.bitmap import BitmapArray
 from sparsejax.formats.block import BlockCSR, BlockSparseArray
 from sparsejax.formats.csr import CSRArray
 from sparsejax.formats.files import load, save
+from sparsejax.formats.group_quantised import GroupQuantisedArray
 from sparsejax.formats.interop import from_bcoo, from_bcsr, from_scipy, to_bcoo, to_bcsr, to_scipy
 from sparsejax.formats.matmul import matmul
 from sparsejax.formats.nm import NMArray
@@ -24,6 +25,7 @@ __all__ = [
     "BlockCSR",
     "BlockSparseArray",
     "CSRArray",
+    "GroupQuantisedArray",
     "NMArray",
     "Packed",
     "Record",

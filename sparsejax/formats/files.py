@@ -20,9 +20,11 @@ import safetensors
 import safetensors.numpy
 
 from sparsejax.formats.base import is_packed
+from sparsejax.formats.group_quantised import GroupQuantisedArray
 from sparsejax.formats.packing import FORMATS
 from sparsejax.masks import choose, flatten, path_name
 
+KINDS = {**FORMATS, GroupQuantisedArray.NAME: GroupQuantisedArray}
 METADATA = "sparsejax.formats"
 VERSION = 1
 DTYPES = (
@@ -114,7 +116,7 @@ def _describe(leaf) -> dict:
 
 def _rebuild(name: str, about: dict, tensors: dict):
     """The packed array `name`, whose leaves are taken out of `tensors`."""
-    cls = choose(f"format of {name}", about.get("format"), FORMATS)
+    cls = choose(f"format of {name}", about.get("format"), KINDS)
     needed = [f"{name}/{field}" for field in _fields(cls, False)]
     missing = [field for field in needed if field not in tensors]
     missing += [field for field in ("dtype", *_fields(cls, True)) if field not in about]

@@ -7,6 +7,7 @@ from sparsejax.formats.base import is_packed, matrix_shape
 from sparsejax.formats.bitmap import BitmapArray
 from sparsejax.formats.block import BlockSparseArray
 from sparsejax.formats.csr import CSRArray
+from sparsejax.formats.group_quantised import GroupQuantisedArray, group_quantised_matmul
 from sparsejax.formats.nm import NMArray
 
 
@@ -19,7 +20,8 @@ def matmul(x, w):
 
     Args:
       x: dense `(..., K)`.
-      w: dense, or an `NMArray`, `BlockSparseArray`, `BitmapArray` or `CSRArray`, with the matrix view `(K, N)`.
+      w: dense, or an `NMArray`, `BlockSparseArray`, `BitmapArray`, `CSRArray` or `GroupQuantisedArray`, with the
+        matrix view `(K, N)`.
 
     Returns:
       `(..., N)` of the dtype that `x` and `w` promote to.
@@ -60,4 +62,10 @@ def _csr(x, w):
     return csr_matmul(x, w.data, w.inputs, w.indptr)
 
 
-_PRODUCTS = {NMArray: _nm, BlockSparseArray: _block, BitmapArray: _bitmap, CSRArray: _csr}
+_PRODUCTS = {
+    NMArray: _nm,
+    BlockSparseArray: _block,
+    BitmapArray: _bitmap,
+    CSRArray: _csr,
+    GroupQuantisedArray: group_quantised_matmul,
+}
