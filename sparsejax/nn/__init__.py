@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from sparsejax.masks import choose
 from sparsejax.nn.butterfly import Butterfly, StNN, butterfly_matmul, fourier_factors
 from sparsejax.nn.dense_sparse import DenseSparse
+from sparsejax.nn.experts import ExpertDense
 from sparsejax.nn.factorised import FactorisedLinear, convert, from_dense, to_dense
 from sparsejax.nn.layers import (
     BatchNorm,
@@ -15,6 +16,7 @@ from sparsejax.nn.layers import (
     Embed,
     LayerNorm,
     MaskedParams,
+    RMSNorm,
 )
 from sparsejax.nn.low_rank import LowRank
 from sparsejax.nn.monarch import Monarch, monarch_dense, monarch_matmul, monarch_project
@@ -73,6 +75,7 @@ __all__ = [
     "DenseGeneral",
     "DenseSparse",
     "Embed",
+    "ExpertDense",
     "FactorisedLinear",
     "Hankel",
     "LINEARS",
@@ -80,6 +83,7 @@ __all__ = [
     "LowRank",
     "MaskedParams",
     "Monarch",
+    "RMSNorm",
     "SparseLowRank",
     "StNN",
     "Toeplitz",

@@ -11,6 +11,7 @@ Any other linen layer gains the same by `class Layer(MaskedParams, TheirLayer)`.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import linen
 from flax.core import meta
 
@@ -69,6 +70,31 @@ class LayerNorm(MaskedParams, linen.LayerNorm):
     """`flax.linen.LayerNorm` that reads `masks`."""
 
 
+class RMSNorm(MaskedParams):
+    """x scale / sqrt(sum(x^2) / width + epsilon) over the last axis (Zhang and Sennrich 2019).
+
+    Computed in float32, whatever `dtype` the result has.
+
+    Attributes:
+      epsilon: the small number.
+      dtype: of the result, None for that of the input.
+      width: what the sum of squares is divided by, None for the number of features. Rows that were projected on
+        fewer features keep the divisor that they had before (SliceGPT, Ashkboos et al. 2024).
+    """
+
+    epsilon: float = 1e-6
+    dtype: str | None = None
+    width: int | None = None
+
+    @linen.compact
+    def __call__(self, x):
+        """Arrays of the shape of `x`."""
+        scale = self.param("scale", linen.initializers.ones, x.shape[-1:])
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        square = jnp.sum(wide**2, axis=-1, keepdims=True) / (self.width or x.shape[-1])
+        return (wide * jax.lax.rsqrt(square + self.epsilon) * scale).astype(self.dtype or x.dtype)
+
+
 __all__ = [
     "BatchNorm",
     "Conv",
@@ -78,4 +104,5 @@ __all__ = [
     "Embed",
     "LayerNorm",
     "MaskedParams",
+    "RMSNorm",
 ]

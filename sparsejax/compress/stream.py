@@ -1,0 +1,288 @@
+"""A model's hidden states on their way through its blocks, one block in memory at a time.
+
+`Stream` holds the hidden states of all sequences on the host, in the model's dtype, and takes them through one block
+after the other in batches. The inputs of a block's linear layers are seen by intercepting the calls of its
+`nn.Dense` and `nn.ExpertDense` modules, inside `jax.jit`; blocks of the same shape share what was compiled.
+
+A model takes part if it has `parts`, `start`, `block`, `context` and `finish`, see `sparsejax.models`.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sparsejax import nn
+from sparsejax.compress import statistics
+from sparsejax.formats.base import is_packed
+
+ROUTER = "router"  # decides about experts; it is small, and never compressed
+
+
+class Layer(NamedTuple):
+    """A linear kernel of a block.
+
+    Attributes:
+      shape: of the kernel, `(in, out)` or `(experts, in, out)`.
+      source: the first layer of the block that reads the same inputs; statistics are kept once, under its name.
+    """
+
+    shape: tuple[int, ...]
+    source: str
+
+
+class Stream:
+    """Hidden states of `tokens` before a block.
+
+    Attributes:
+      hidden: numpy `(sequences, length, width)`, the inputs of the next block.
+      blocks: the names of the blocks in their order.
+    """
+
+    def __init__(self, model, params: Mapping, tokens, batch: int = 8, hidden=None):
+        """Embeds the tokens, or takes up the states in `hidden`.
+
+        Args:
+          model: see the module.
+          params: by part, see `model.parts()`; read part by part.
+          tokens: int32 `(sequences, length)`, or what else `model.start` takes. Sharded along its first axis, the
+            batches are too.
+          batch: sequences that go through a block at once.
+          hidden: states to continue from, instead of the embedded tokens.
+
+        Raises:
+          ValueError: without a token, for a token outside of the vocabulary, sequences longer than the model takes,
+            batch < 1, or shards that do not divide the batches.
+        """
+        self.model = model
+        self.blocks = tuple(name for name in model.parts() if name.startswith("block_"))
+        self._sharding = _batch_sharding(tokens)
+        self.tokens = np.asarray(tokens)
+        self._batch = batch
+        _check_tokens(self.tokens, batch, self._sharding)
+        if hidden is None:
+            first = self.outer(params)
+            _check_vocabulary(self.tokens, first)
+            hidden = self._join(_start(first, self._put(part), model) for part in self._split(self.tokens))
+        self.hidden = hidden
+
+    def outer(self, params: Mapping) -> dict:
+        """The parameters outside of the blocks."""
+        return {name: params[name] for name in self.model.parts() if name not in self.blocks}
+
+    def block(self, name: str) -> linen.Module:
+        """The module of the block called `name`."""
+        return self.model.block(self.blocks.index(name))
+
+    def batches(self):
+        """Pairs (hidden states, context) of device arrays for every batch."""
+        for tokens, hidden in zip(self._split(self.tokens), self._split(self.hidden), strict=True):
+            yield self._put(hidden), _context(self._put(tokens), self.model)
+
+    def layers(self, block: linen.Module, params) -> dict[str, Layer]:
+        """The linear kernels of a block by their path in it, as `attention/query/kernel`, in order of use.
+
+        Raises:
+          ValueError: for a packed kernel.
+        """
+        found, sources = {}, {}
+
+        def visit(name, x, *rest):
+            if name.split("/")[-2] != ROUTER:
+                kernel = _at(params, name)
+                if is_packed(kernel):
+                    raise ValueError(f"{name} is packed; only dense kernels can be compressed")
+                found[name] = Layer(tuple(kernel.shape), sources.setdefault(id(x), (name, x))[0])
+
+        jax.eval_shape(partial(_tapped, block, visit), params, *next(self.batches()))
+        return found
+
+    def observe(self, block: linen.Module, params, layers: Mapping[str, Layer], needs):
+        """Runs the block as it is: the statistics of its layers' inputs, and its outputs.
+
+        Args:
+          block, params: the block and its parameters.
+          layers: those whose inputs are wanted, from `layers`.
+          needs: entries of `sparsejax.compress.statistics`.
+
+        Returns:
+          ({source: statistics}, outputs). The statistics of expert kernels have a leading axis of experts, and a
+          batch's rows of one expert count as one sequence. Outputs are like `hidden`.
+        """
+        kernels = {layer.source: layer.shape for layer in layers.values()}
+        stats = {
+            name: _tiled(statistics.init(needs, shape[-2]), shape[:-2]) for name, shape in kernels.items()
+        }
+        outputs = []
+        for hidden, context in self.batches():
+            stats, y = _observe(stats, params, hidden, context, block)
+            outputs.append(np.asarray(y))
+        return stats, self._join(outputs)
+
+    def run(self, block: linen.Module, params):
+        """The outputs of the block, like `hidden`."""
+        return self._join(_run(params, hidden, context, block) for hidden, context in self.batches())
+
+    def errors(self, block: linen.Module, old, new, names) -> dict[str, float]:
+        """||X (W - W')|| / ||X W|| of layers, X their inputs in the `old` block, over the first batch.
+
+        Of expert kernels it is that over all experts; 0 where both norms are.
+        """
+        hidden, context = next(self.batches())
+        kernels = {name: _at(new, name) for name in names}
+        found = jax.device_get(_errors(kernels, old, hidden, context, block))
+        return {name: float(np.sqrt(a / b)) if b else float(np.sqrt(a)) for name, (a, b) in found.items()}
+
+    def logits(self, params: Mapping):
+        """Pairs (tokens, logits) of every batch, once all blocks are done."""
+        outer = self.outer(params)
+        for tokens, hidden in zip(self._split(self.tokens), self._split(self.hidden), strict=True):
+            yield self._put(tokens), _finish(outer, self._put(hidden), self.model)
+
+    def _split(self, array):
+        return (array[i : i + self._batch] for i in range(0, len(array), self._batch))
+
+    def _put(self, array):
+        if self._sharding is None:
+            return jnp.asarray(array)
+        return jax.device_put(array, self._sharding)
+
+    @staticmethod
+    def _join(parts):
+        return np.concatenate([np.asarray(part) for part in parts])
+
+
+# --- compiled parts ----------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="model")
+def _start(params, tokens, model):
+    return model.apply({"params": params}, tokens, method="start")
+
+
+@partial(jax.jit, static_argnames="model")
+def _finish(params, hidden, model):
+    return model.apply({"params": params}, hidden, method="finish")
+
+
+@partial(jax.jit, static_argnames="model")
+def _context(tokens, model):
+    return model.context(tokens)
+
+
+@partial(jax.jit, static_argnames="block")
+def _run(params, hidden, context, block):
+    return block.apply({"params": params}, hidden, **context)
+
+
+@partial(jax.jit, static_argnames="block", donate_argnames="stats")
+def _observe(stats, params, hidden, context, block):
+    new = dict(stats)
+
+    def visit(name, x, *sizes):
+        if name not in new:
+            return
+        if not sizes:
+            new[name] = statistics.update(new[name], x.reshape(len(x), -1, x.shape[-1]))
+            return
+        ends = jnp.cumsum(*sizes)
+        rows = jnp.arange(len(x))
+
+        def expert(arguments):
+            stats, first, last = arguments
+            return statistics.update(stats, x[None], ((rows >= first) & (rows < last))[None])
+
+        # one expert after the other: together they would need as many copies of the rows
+        new[name] = lax.map(expert, (new[name], ends - sizes[0], ends))
+
+    outputs = _tapped(block, visit, params, hidden, context)
+    return new, outputs
+
+
+@partial(jax.jit, static_argnames="block")
+def _errors(kernels, old, hidden, context, block):
+    """(sum of (x (W - W'))^2, sum of (x W)^2) by the name of the layer."""
+    found = {}
+
+    def visit(name, x, *sizes):
+        if name in kernels:
+            before, after = (k.astype(jnp.float32) for k in (_at(old, name), kernels[name]))
+            product = partial(lax.ragged_dot, group_sizes=sizes[0]) if sizes else jnp.matmul
+            x = x.astype(jnp.float32)
+            found[name] = [jnp.sum(product(x, kernel) ** 2) for kernel in (before - after, before)]
+
+    _tapped(block, visit, old, hidden, context)
+    return found
+
+
+def _tapped(block, visit, params, hidden, context):
+    """The outputs of a block; `visit(name, x, ...)` gets the path of every linear kernel and its layer's inputs."""
+    active = set()
+
+    def tap(call, args, kwargs, about):
+        name = "/".join((*about.module.path, "kernel"))
+        linear = isinstance(about.module, (linen.Dense, nn.ExpertDense)) and about.method_name == "__call__"
+        if not linear or name in active:  # a layer's own call goes on to that of its base class
+            return call(*args, **kwargs)
+        active.add(name)
+        visit(name, *args, *kwargs.values())
+        y = call(*args, **kwargs)
+        active.remove(name)
+        return y
+
+    with linen.intercept_methods(tap):
+        return block.apply({"params": params}, hidden, **context)
+
+
+# --- helpers -----------------------------------------------------------------------------------------
+
+
+def _at(params, name: str):
+    for key in name.split("/"):
+        params = params[key]
+    return params
+
+
+def _tiled(tree, shape):
+    return jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), tree)
+
+
+def _batch_sharding(tokens):
+    """How to lay out an array of sequences as the tokens are; None on one device."""
+    sharding = getattr(tokens, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+
+
+def _check_tokens(tokens, batch: int, sharding) -> None:
+    if tokens.size == 0:
+        raise ValueError(f"there are no tokens to read: their shape is {tokens.shape}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if sharding is not None:
+        shards = sharding.mesh.size // sharding.shard_shape((sharding.mesh.size,))[0]
+        for size in {min(batch, len(tokens)), len(tokens) % batch or batch}:
+            if size % shards:
+                raise ValueError(
+                    f"the tokens are sharded {shards} ways, which does not divide a batch of {size} sequences "
+                    f"({len(tokens)} in all, batch={batch})"
+                )
+
+
+def _check_vocabulary(tokens, params) -> None:
+    """Raises ValueError for integer tokens that have no row in the embedding (JAX would clip them)."""
+    table = params.get("embed", {}).get("embedding") if isinstance(params.get("embed"), Mapping) else None
+    if table is None or not np.issubdtype(tokens.dtype, np.integer):
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= table.shape[0]:
+        raise ValueError(
+            f"token {low if low < 0 else high} is outside of the vocabulary, 0 to {table.shape[0] - 1}"
+        )
