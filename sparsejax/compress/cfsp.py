@@ -91,9 +91,7 @@ def channel_scores(down, up, gate, square, *, normalise: str = "column", b: floa
     terms = [np.abs(np.asarray(down, np.float64)).T * activity**b]
     terms += [np.abs(np.asarray(kernel, np.float64)) for kernel in (up, gate) if kernel is not None]
     totals = [term.sum(axis, keepdims=True) for term in terms]
-    relative = sum(
-        term / np.where(total > 0, total, 1) for term, total in zip(terms, totals, strict=True)
-    )
+    relative = sum(term / np.where(total > 0, total, 1) for term, total in zip(terms, totals, strict=True))
     return relative.mean(0) * activity**c
 
 
@@ -102,7 +100,10 @@ def adapter_ranks(values, rank: int) -> list[int]:
     values = np.asarray(values, np.float64)
     if rank < 1:
         raise ValueError(f"the mean rank of adapters must be at least 1, got {rank}")
-    total, share = len(values) * (rank - 1), values / values.sum() if values.sum() else np.full(len(values), 1 / len(values))
+    total, share = (
+        len(values) * (rank - 1),
+        values / values.sum() if values.sum() else np.full(len(values), 1 / len(values)),
+    )
     return [1 + count for count in _rounded(share * total, total, [total] * len(values), 1)]
 
 
@@ -137,7 +138,9 @@ def cfsp(
         units, values, scores = units_of(model, ("channels",)), [], {}
         for entry in units.values():
             if multiple < 1 or entry.count % multiple:
-                raise ValueError(f"multiple={multiple} must divide the hidden width {entry.count} of every block")
+                raise ValueError(
+                    f"multiple={multiple} must divide the hidden width {entry.count} of every block"
+                )
         share = share_of("cfsp", units, sparsity, linear_weights(params, model.depth))
         for i, seen in watch(model, params, tokens, ("square",), batch=batch, progress=progress):
             if (i, "mlp") in units:

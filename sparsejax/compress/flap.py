@@ -89,7 +89,9 @@ def flap(
     choose("metric", metric, NEEDS)
     choose("allocation", allocation, ALLOCATIONS)
     if heads is not None and (allocation != "AL-MM" or heads < 0):
-        raise ValueError(f"heads must be a number from 0 and needs allocation='AL-MM', got {heads} with {allocation}")
+        raise ValueError(
+            f"heads must be a number from 0 and needs allocation='AL-MM', got {heads} with {allocation}"
+        )
 
     def run(model, params, tokens, sparsity, pattern=None, *, progress=None):
         sparsity = prepare("flap", model, sparsity, pattern)
@@ -97,7 +99,10 @@ def flap(
         for i, seen in watch(model, params, tokens, NEEDS[metric], batch=batch, progress=progress):
             for key in (key for key in units if key[0] == i):
                 stats = seen.stats[f"{key[1]}/{CONSUMERS[key[1]]}/kernel"]
-                kernels[key], means[key] = consumer(seen.params, key[1]), np.asarray(stats["mean"], np.float64)
+                kernels[key], means[key] = (
+                    consumer(seen.params, key[1]),
+                    np.asarray(stats["mean"], np.float64),
+                )
                 found[key] = unit_scores(scores(kernels[key], stats, metric), units[key], key[1])
         first = (0, "attention")
         if compensate and model.tied and model.positions == "rotary" and first in found:

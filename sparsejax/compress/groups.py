@@ -18,7 +18,16 @@ import numpy as np
 
 from sparsejax.compress.base import Compressed
 from sparsejax.compress.calibration import Observed, observe
-from sparsejax.compress.shrink import CONSUMERS, add_bias, copied, linear_weights, shrink, sizes_of, with_sizes
+from sparsejax.compress.shrink import (
+    CONSUMERS,
+    add_bias,
+    as_leaf,
+    copied,
+    linear_weights,
+    shrink,
+    sizes_of,
+    with_sizes,
+)
 from sparsejax.compress.stream import Stream
 from sparsejax.masks import check_sparsity, choose
 from sparsejax.models import Transformer
@@ -108,7 +117,9 @@ def pooled(scores: Mapping, units: Mapping, budget: float) -> dict:
     totals = np.concatenate([[0], np.cumsum(weights[order])])
     kept = np.zeros(flat.size, bool)
     kept[order[: np.argmin(np.abs(totals - budget))]] = True
-    return dict(zip(units, np.split(kept, np.cumsum([entry.count for entry in units.values()])[:-1]), strict=True))
+    return dict(
+        zip(units, np.split(kept, np.cumsum([entry.count for entry in units.values()])[:-1]), strict=True)
+    )
 
 
 def uniform(name: str, scores: Mapping, units: Mapping, sparsity: float, total: int) -> dict:
@@ -148,7 +159,9 @@ def share_of(name: str, units: Mapping, sparsity: float, total: int) -> float:
     """
     own = sum(entry.count * entry.weight for entry in units.values())
     if sparsity * total > own:
-        raise ValueError(f"{name} can remove a share of {own / total:.3g} of the blocks' weights, got {sparsity}")
+        raise ValueError(
+            f"{name} can remove a share of {own / total:.3g} of the blocks' weights, got {sparsity}"
+        )
     return sparsity * total / own if own else 0.0
 
 
@@ -237,9 +250,7 @@ def remove(
 
 def _with_rows(old, new, rows):
     """The kernel (the new one, if there is one) with zeros outside of the kept rows, like the old one."""
-    kernel = np.asarray(old if new is None else new)
-    masked = np.where(rows[:, None], kernel, 0).astype(old.dtype)
-    return jax.device_put(masked, old.sharding) if isinstance(old, jax.Array) else masked
+    return as_leaf(np.where(rows[:, None], np.asarray(old if new is None else new), 0), old)
 
 
 def _of_layer(units: Units, kept, error: float) -> dict:
@@ -256,8 +267,14 @@ def _of_layer(units: Units, kept, error: float) -> dict:
 
 
 def _biases(params: Mapping) -> int:
-    leaves = jax.tree_util.tree_leaves_with_path({part: params[part] for part in params if part.startswith("block")})
-    return sum(int(leaf.size) for path, leaf in leaves if path[-1].key == "bias" and path[-2].key in CONSUMERS.values())
+    leaves = jax.tree_util.tree_leaves_with_path(
+        {part: params[part] for part in params if part.startswith("block")}
+    )
+    return sum(
+        int(leaf.size)
+        for path, leaf in leaves
+        if path[-1].key == "bias" and path[-2].key in CONSUMERS.values()
+    )
 
 
 __all__ = [

@@ -74,7 +74,9 @@ def _alone(model, i: int, sub: str, size: int):
 
 def _measure_blocks(model, i: int, blocks: Mapping, sequences: int, length: int, repeats: int) -> dict:
     width = (model.layer(i)["stream"] or (model.width,))[0]
-    states = np.random.default_rng(0).normal(size=(sequences, length, width)).astype(model.dtype or np.float32)
+    states = (
+        np.random.default_rng(0).normal(size=(sequences, length, width)).astype(model.dtype or np.float32)
+    )
     context = model.context(length)
     return measure({str(size): _runner(block, states, **context) for size, block in blocks.items()}, repeats)
 

@@ -135,7 +135,10 @@ def _eliminate_blocks(rows, inverse, count: int, width: int):
         out = slice(at * width, (at + 1) * width)
         stay = np.delete(np.arange(len(rows)), out)
         ratio = np.linalg.solve(inverse[out, out], inverse[out][:, stay]).T
-        rows, inverse = rows[stay] - ratio @ rows[out], inverse[np.ix_(stay, stay)] - ratio @ inverse[out][:, stay]
+        rows, inverse = (
+            rows[stay] - ratio @ rows[out],
+            inverse[np.ix_(stay, stay)] - ratio @ inverse[out][:, stay],
+        )
         costs.append(float(rho[at]))
         gone.append(int(left[at]))
         left = np.delete(left, at)

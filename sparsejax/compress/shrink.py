@@ -117,6 +117,14 @@ def copied(part: Mapping) -> dict:
     return {key: copied(leaf) if isinstance(leaf, Mapping) else leaf for key, leaf in part.items()}
 
 
+def as_leaf(array, leaf):
+    """A numpy array in the dtype of a leaf; on its devices too, if that is a JAX array."""
+    array = np.asarray(array).astype(leaf.dtype)
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(array, leaf.sharding) if array.shape == leaf.shape else jnp.asarray(array)
+    return array
+
+
 def linear_weights(params: Mapping, depth: int) -> int:
     """How many weights the linear layers of the blocks have: kernels and shortcuts, without biases and norms."""
     return sum(_weights(params[f"block_{i}"]) for i in range(depth))
@@ -241,8 +249,7 @@ def _move_bias(model, sizes, parts, i: int, sub: str, bias) -> None:
 
 def _sum(a, b, like):
     """a + b, added in float32, as an array of the kind and the dtype of `like`."""
-    total = (np.asarray(a, np.float32) + np.asarray(b, np.float32)).astype(like.dtype)
-    return jnp.asarray(total) if isinstance(like, jax.Array) else total
+    return as_leaf(np.asarray(a, np.float32) + np.asarray(b, np.float32), like)
 
 
 # --- residual channels -------------------------------------------------------------------------------
@@ -285,4 +292,4 @@ def _take_stream(part, path, kept):
     return found
 
 
-__all__ = ["CONSUMERS", "add_bias", "copied", "linear_weights", "shrink", "sizes_of", "with_sizes"]
+__all__ = ["CONSUMERS", "add_bias", "as_leaf", "copied", "linear_weights", "shrink", "sizes_of", "with_sizes"]

@@ -39,9 +39,7 @@ def wanda_sp(*, structures: Sequence[str] = ("heads", "channels"), batch: int = 
     return _method("wanda_sp", ("square",), structures, batch, score)
 
 
-def random_sp(
-    *, structures: Sequence[str] = ("heads", "channels"), batch: int = 8, seed: int = 0
-) -> Whole:
+def random_sp(*, structures: Sequence[str] = ("heads", "channels"), batch: int = 8, seed: int = 0) -> Whole:
     """Heads and channels by chance; arguments as for `magnitude_sp`, and the seed of the draw."""
 
     def score(kernel, stats, random):

@@ -134,7 +134,9 @@ def ziplm(
 
     def run(model, params, tokens, sparsity, pattern=None, *, progress=None):
         if (speedup is None) == (sparsity is None):
-            raise ValueError(f"ziplm needs a speedup or a sparsity, got speedup={speedup} and sparsity={sparsity}")
+            raise ValueError(
+                f"ziplm needs a speedup or a sparsity, got speedup={speedup} and sparsity={sparsity}"
+            )
         sparsity = prepare("ziplm", model, 0.0 if sparsity is None else sparsity, pattern)
         where = shape or (min(batch, len(tokens)), int(np.shape(tokens)[1]))
         units = units_of(model, tuple(STRUCTURES))

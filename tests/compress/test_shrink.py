@@ -46,7 +46,8 @@ def rows(heads, width=4):
 
 
 @pytest.mark.parametrize(
-    ("keywords", "kept"), [(GPT, [3, 1]), (LLAMA, [2, 3]), (LLAMA, [3, 0]), (LLAMA | {"qk_norm": True}, [0, 1])]
+    ("keywords", "kept"),
+    [(GPT, [3, 1]), (LLAMA, [2, 3]), (LLAMA, [3, 0]), (LLAMA | {"qk_norm": True}, [0, 1])],
 )
 def test_heads(keywords, kept):
     model = Transformer(**keywords)
@@ -83,9 +84,7 @@ def test_sub_blocks_that_go_leave_their_bias(bias, heads, channels):
         masked = zeroed(masked, f"block_{i}/attention/out", list(range(16)))
     for i in channels:
         masked = zeroed(masked, f"block_{i}/mlp/down", list(range(24)))
-    small, less = shrink(
-        model, params, heads=dict.fromkeys(heads, ()), channels=dict.fromkeys(channels, ())
-    )
+    small, less = shrink(model, params, heads=dict.fromkeys(heads, ()), channels=dict.fromkeys(channels, ()))
     close(model, small, masked, less)
     assert not any("attention" in less[f"block_{i}"] for i in heads)
     assert not any("norm_1" in less[f"block_{i}"] for i in channels)
@@ -162,16 +161,36 @@ def test_lazy_parts_and_dtypes():
     ("keywords", "removed", "message"),
     [
         ({}, {"heads": {3: [0]}}, "heads names block 3, but the blocks are 0 to 2"),
-        ({}, {"heads": {0: [4]}}, r"each head that block 0 keeps must be named once and lie in 0 to 3, got \[4\]"),
-        ({}, {"channels": {0: [1, 1]}}, r"each channel that block 0 keeps must be named once .* got \[1, 1\]"),
-        ({}, {"heads": {1: [0, 1, 2]}}, r"equally many query heads, but KV heads \[0, 1\] would serve \[2, 1\]"),
+        (
+            {},
+            {"heads": {0: [4]}},
+            r"each head that block 0 keeps must be named once and lie in 0 to 3, got \[4\]",
+        ),
+        (
+            {},
+            {"channels": {0: [1, 1]}},
+            r"each channel that block 0 keeps must be named once .* got \[1, 1\]",
+        ),
+        (
+            {},
+            {"heads": {1: [0, 1, 2]}},
+            r"equally many query heads, but KV heads \[0, 1\] would serve \[2, 1\]",
+        ),
         ({}, {"experts": {0: [0]}}, "block 0 has no experts to remove"),
         ({"experts": 2}, {"experts": {0: []}}, "block 0 must keep at least one of its 2 experts"),
         ({"experts": 2, "bias": ("down",)}, {"channels": {0: []}}, "the experts of block 0 have biases"),
         ({"linear": {"name": "low_rank"}}, {}, "only dense layers can shrink, got a model with linear="),
         ({"norm": "layer"}, {"width": [0]}, "removed under norm='rms' only, got norm='layer'"),
-        ({}, {"width": []}, r"each residual channel that is kept must be named once and lie in 0 to 15, got \[\]"),
-        ({"tied": True, "bias": ("out",)}, {"heads": {0: ()}}, "the bias of attention in block 0 has no place"),
+        (
+            {},
+            {"width": []},
+            r"each residual channel that is kept must be named once and lie in 0 to 15, got \[\]",
+        ),
+        (
+            {"tied": True, "bias": ("out",)},
+            {"heads": {0: ()}},
+            "the bias of attention in block 0 has no place",
+        ),
     ],
 )
 def test_bad_input(keywords, removed, message):
