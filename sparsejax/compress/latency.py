@@ -1,6 +1,6 @@
 """How long the sub-blocks of a Transformer take at every size, measured here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import numpy as np
