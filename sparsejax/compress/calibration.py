@@ -30,6 +30,7 @@ from sparsejax.compress.base import (
 )
 from sparsejax.compress.resume import Resume
 from sparsejax.compress.stream import Layer, Stream
+from sparsejax.formats.base import is_packed
 from sparsejax.masks import best_rule, check_sparsity, choose, count, matches
 from sparsejax.patterns import NM
 
@@ -72,9 +73,7 @@ def observe(
     with tqdm(stream.blocks, disable=_hidden(progress), unit="block", desc="observe") as bar:
         for name in bar:
             block, tree = stream.block(name), params[name]
-            found = {
-                path: layer for path, layer in stream.layers(block, tree).items() if matches(path, layers)
-            }
+            found = {path: layer for path, layer in stream.layers[name].items() if matches(path, layers)}
             stats, outputs = stream.observe(block, tree, found, needs)
             of_layers = {path: stats[layer.source] for path, layer in found.items()}
             yield Observed(name, tree, found, of_layers, stream.hidden, outputs)
@@ -132,6 +131,7 @@ def prune_layers(
     counts as one sequence); an expert that saw none as if its inputs were uncorrelated and of equal size, with a
     warning.
     """
+    text = str(pattern)
     pattern = check_pattern(method.name, pattern, method.patterns)
     choose("propagate", propagate, PROPAGATE)
     if sparsity is not None or not isinstance(pattern, NM):
@@ -139,7 +139,7 @@ def prune_layers(
     statistics.init(method.needs, 1)
     asked = {
         "method": method.name,
-        "pattern": str(pattern),
+        "pattern": text,
         "sparsity": sparsity,
         "propagate": propagate,
         "batch": batch,
@@ -155,7 +155,7 @@ def prune_layers(
         if sink is None:
             masks[part] = mask
 
-    first, done = {}, 0 if saved is None else saved.done
+    layers, done = {}, 0 if saved is None else saved.done
     with tqdm(total=len(stream.blocks), initial=done, disable=_hidden(progress), unit="block") as bar:
         for part in model.parts():
             if part not in stream.blocks:
@@ -163,16 +163,16 @@ def prune_layers(
                 continue
             if stream.blocks.index(part) < done:
                 tree, mask, report = saved.read(part)
-                tree = _like(tree, params[part])
+                tree, mask = _like(tree, params[part]), jax.tree.map(jnp.asarray, mask)
             else:
                 bar.set_description(part)
                 tree, mask, report = runner.block(stream, part, bar)
                 if saved is not None:
                     saved.write(part, tree, mask, report, stream.hidden)
                 bar.update()
-            first |= report
+            layers |= report
             emit(part, tree, mask)
-    return Compressed(model, out, masks if sink is None else None, _report(asked, stream, first))
+    return Compressed(model, out, masks if sink is None else None, _report(asked, stream, layers))
 
 
 class _Runner:
@@ -185,10 +185,11 @@ class _Runner:
 
     def allocate(self, stream: Stream, allocation) -> dict[str, float | None]:
         """The sparsity of every layer, checked against the pattern and the layer's shape."""
-        shapes = {}
-        for part in stream.blocks:
-            for path, layer in stream.layers(stream.block(part), self.params[part]).items():
-                shapes[f"{part}/{path}"] = layer.shape
+        shapes = {
+            f"{part}/{path}": layer.shape
+            for part, layers in stream.layers.items()
+            for path, layer in layers.items()
+        }
         if not shapes:
             raise ValueError(
                 f"{type(self.model).__name__} has no linear layer in its blocks ({', '.join(stream.blocks)})"
@@ -205,9 +206,10 @@ class _Runner:
     def block(self, stream: Stream, part: str, bar):
         """Compresses one block and moves the stream behind it: (parameters, masks, {layer: report})."""
         block, old = stream.block(part), self.params[part]
-        layers = stream.layers(block, old)
+        layers = stream.layers[part]
+        _check_dense(part, old, layers)
         stats, outputs = stream.observe(block, old, layers, self.method.needs)
-        new, masks, report = jax.tree.map(lambda x: x, old), _dense_masks(old), {}
+        new, masks, report = _copy(old), _dense_masks(old), {}
         last = {layer.source: path for path, layer in layers.items()}
         for path, layer in layers.items():
             name = f"{part}/{path}"
@@ -318,8 +320,21 @@ def _kept(mask) -> int:
     return int(count(mask))
 
 
+def _copy(tree, leaf=lambda x: x):
+    """Nested dicts, which may be changed, from nested mappings."""
+    if isinstance(tree, Mapping):
+        return {key: _copy(part, leaf) for key, part in tree.items()}
+    return leaf(tree)
+
+
 def _dense_masks(tree):
-    return jax.tree.map(lambda _: jnp.asarray(True), tree)
+    return _copy(tree, lambda _: jnp.asarray(True))
+
+
+def _check_dense(part: str, params, layers) -> None:
+    for path in layers:
+        if is_packed(_node(params, path.split("/"))):
+            raise ValueError(f"{part}/{path} is packed, and only dense kernels can be compressed; unpack it")
 
 
 def _like(tree, example):

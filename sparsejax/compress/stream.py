@@ -8,7 +8,7 @@ A model takes part if it has `parts`, `start`, `block`, `context` and `finish`, 
 """
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax import nn
 from sparsejax.compress import statistics
-from sparsejax.formats.base import is_packed
 
 ROUTER = "router"  # decides about experts; it is small, and never compressed
 
@@ -85,30 +84,29 @@ class Stream:
         for tokens, hidden in zip(self._split(self.tokens), self._split(self.hidden), strict=True):
             yield self._put(hidden), _context(self._put(tokens), self.model)
 
-    def layers(self, block: linen.Module, params) -> dict[str, Layer]:
-        """The linear kernels of a block by their path in it, as `attention/query/kernel`, in order of use.
+    @cached_property
+    def layers(self) -> dict[str, dict[str, Layer]]:
+        """By block: its linear kernels by their path in it, as `attention/query/kernel`, in order of use.
 
-        Raises:
-          ValueError: for a packed kernel.
+        Found from shapes alone: no parameters are read.
         """
-        found, sources = {}, {}
-
-        def visit(name, x, *rest):
-            if name.split("/")[-2] != ROUTER:
-                kernel = _at(params, name)
-                if is_packed(kernel):
-                    raise ValueError(f"{name} is packed; only dense kernels can be compressed")
-                found[name] = Layer(tuple(kernel.shape), sources.setdefault(id(x), (name, x))[0])
-
-        jax.eval_shape(partial(_tapped, block, visit), params, *next(self.batches()))
-        return found
+        tokens = jax.eval_shape(self._put, next(self._split(self.tokens)))
+        hidden = jax.eval_shape(self._put, next(self._split(self.hidden)))
+        context = jax.eval_shape(partial(_context, model=self.model), tokens)
+        layers, seen = {}, {}
+        for name in self.blocks:
+            block = self.block(name)
+            if (block, hidden.shape) not in seen:
+                seen[block, hidden.shape] = _find_layers(block, hidden, context)
+            layers[name], hidden = seen[block, hidden.shape]
+        return layers
 
     def observe(self, block: linen.Module, params, layers: Mapping[str, Layer], needs):
         """Runs the block as it is: the statistics of its layers' inputs, and its outputs.
 
         Args:
           block, params: the block and its parameters.
-          layers: those whose inputs are wanted, from `layers`.
+          layers: those whose inputs are wanted, of `self.layers`.
           needs: entries of `sparsejax.compress.statistics`.
 
         Returns:
@@ -219,6 +217,20 @@ def _errors(kernels, old, hidden, context, block):
 
     _tapped(block, visit, old, hidden, context)
     return found
+
+
+def _find_layers(block, hidden, context):
+    """({path: Layer}, the shape of the outputs) of a block for the shapes of its inputs."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda x, more: block.init(key, x, **more), hidden, context)["params"]
+    found, sources = {}, {}
+
+    def visit(name, x, *sizes):
+        if name.split("/")[-2] != ROUTER:
+            # the inputs are kept, or another array could get the same id
+            found[name] = Layer(_at(params, name).shape, sources.setdefault(id(x), (name, x))[0])
+
+    return found, jax.eval_shape(partial(_tapped, block, visit), params, hidden, context)
 
 
 def _tapped(block, visit, params, hidden, context):
