@@ -31,6 +31,7 @@ from sparsejax.compress.shrink import (
 from sparsejax.compress.stream import Stream
 from sparsejax.masks import check_sparsity, choose
 from sparsejax.models import Transformer
+from sparsejax.models.layers import head_width, layer_sizes
 
 STRUCTURES = {"heads": "attention", "channels": "mlp"}  # what may be removed, and from which sub-block
 
@@ -52,7 +53,7 @@ def units_of(model: Transformer, structures: Sequence[str]) -> dict[tuple[int, s
     subs = [choose("structure", name, STRUCTURES) for name in structures]
     if not subs:
         raise ValueError(f"no structure may be removed (known: {', '.join(STRUCTURES)})")
-    width, found = model.head_width or model.width // model.heads, {}
+    width, found = head_width(model), {}
     for i in range(model.depth):
         size = sizes_of(model, i)
         first, middle, last = size["stream"] or (model.width,) * 3
@@ -78,7 +79,7 @@ def prepare(name: str, model, sparsity, pattern) -> float:
     if model.linear is not None:
         raise ValueError(f"{name} can compress dense layers, got a model with linear={dict(model.linear)}")
     for i in range(model.depth):
-        if model.layer(i)["experts"]:
+        if layer_sizes(model, i)["experts"]:
             raise ValueError(f"{name} cannot compress experts, which block {i} has")
     return check_sparsity(sparsity)
 
@@ -217,7 +218,7 @@ def remove(
             sub, rows = key[1], np.repeat(kept[key], units[key].shared)
             layer = new[sub][CONSUMERS[sub]]
             layer["kernel"] = _with_rows(layer["kernel"], kernels.get(key), rows)
-            group = units[key].shared // (model.head_width or model.width // model.heads)
+            group = units[key].shared // head_width(model)
             shrunk[sub][i] = np.flatnonzero(np.repeat(kept[key], group) if sub == "attention" else kept[key])
         present = [sub for sub in CONSUMERS if (i, sub) in units]
         errors = stream.errors(

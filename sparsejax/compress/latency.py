@@ -8,6 +8,7 @@ import numpy as np
 from pallas_kernels.timing import measure
 from sparsejax.compress.groups import STRUCTURES, units_of
 from sparsejax.models import Transformer
+from sparsejax.models.layers import layer_sizes
 
 REPEATS = 20
 
@@ -67,13 +68,13 @@ def _alone(model, i: int, sub: str, size: int):
     """Block `i` with nothing but one sub-block of that size."""
     block = model.block(i)
     if sub == "mlp":
-        return block.clone(heads=0, kv_heads=0, hidden_width=size, parent=None)
+        return block.clone(heads=0, hidden_width=size, parent=None)
     group = block.heads // (block.kv_heads or block.heads)
     return block.clone(heads=size * group, kv_heads=size, hidden_width=0, parent=None)
 
 
 def _measure_blocks(model, i: int, blocks: Mapping, sequences: int, length: int, repeats: int) -> dict:
-    width = (model.layer(i)["stream"] or (model.width,))[0]
+    width = (layer_sizes(model, i)["stream"] or (model.width,))[0]
     states = (
         np.random.default_rng(0).normal(size=(sequences, length, width)).astype(model.dtype or np.float32)
     )

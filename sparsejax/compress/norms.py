@@ -16,6 +16,7 @@ import numpy as np
 
 from sparsejax.compress.shrink import as_leaf, copied, sizes_of, with_sizes
 from sparsejax.models import Transformer
+from sparsejax.models.layers import layer_sizes
 
 READERS = {"norm_0": ("attention", ("query", "key", "value")), "norm_1": ("mlp", ("up", "gate", "router"))}
 WRITERS = (("attention", "out"), ("mlp", "down"))
@@ -35,7 +36,7 @@ def fold_norms(model: Transformer, params: Mapping) -> tuple[Transformer, dict]:
       ValueError: for a LayerNorm before a router, which has no place for its bias.
     """
     centred = model.norm == "layer"
-    if centred and any(model.layer(i)["experts"] for i in range(model.depth)):
+    if centred and any(layer_sizes(model, i)["experts"] for i in range(model.depth)):
         raise ValueError("the LayerNorm before a router cannot be folded, because routers have no bias")
     parts = {name: copied(params[name]) for name in model.parts()}
     if model.tied:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.models import Transformer
+from sparsejax.models.layers import head_width, layer_sizes
 
 CONSUMERS = {"attention": "out", "mlp": "down"}  # the layer of a sub-block whose inputs are its structures
 _READERS = ("query", "key", "value", "up", "gate", "router")  # read the residual stream
@@ -79,17 +80,18 @@ def shrink(
 
 
 def with_sizes(model: Transformer, sizes: Sequence[Mapping]) -> Transformer:
-    """The model whose blocks have these sizes, one mapping per block as `model.layer(i)` gives it."""
-    plain = model.clone(layers=())
-    usual = plain.layer(0)
-    usual["kv_heads"] = usual["kv_heads"] or usual["heads"]
-    layers = tuple({key: value for key, value in size.items() if value != usual[key]} for size in sizes)
+    """The model whose blocks have these sizes, one mapping per block as `sizes_of` gives it."""
+    usual = sizes_of(model.clone(layers=()), 0)
+    layers = tuple(
+        {key: value for key, value in size.items() if value != usual[key] and (key != "kv_heads" or value)}
+        for size in sizes
+    )
     return model.clone(layers=layers if any(layers) else ())
 
 
 def sizes_of(model: Transformer, i: int) -> dict:
-    """`model.layer(i)` with the number of KV heads filled in (0 for a block without attention)."""
-    size = dict(model.layer(i))
+    """`layer_sizes` of block `i` with the number of KV heads filled in (0 for a block without attention)."""
+    size = layer_sizes(model, i)
     size["kv_heads"] = (size["kv_heads"] or size["heads"]) if size["heads"] else 0
     return size
 
@@ -147,7 +149,7 @@ def _shrink_block(model, i, part, heads=None, channels=None, experts=None):
     size, part, lost = sizes_of(model, i), copied(part), {}
     if heads is not None:
         groups, kept = _kept_groups(i, size, _indices("head", i, heads, size["heads"]))
-        width = model.head_width or model.width // model.heads
+        width = head_width(model)
         if kept.size:
             part["attention"] |= _take(part["attention"], ("query",), _spread(kept, width), -1)
             part["attention"] |= _take(part["attention"], ("key", "value"), _spread(groups, width), -1)
@@ -271,7 +273,7 @@ def _shrink_width(model, parts, width):
     changed = model.clone(
         width=kept.size,
         hidden=model.mlp_ratio * model.width if model.hidden is None else model.hidden,
-        head_width=model.head_width or model.width // model.heads,
+        head_width=head_width(model),
         norm_width=model.norm_width or model.width,
         layers=(),
     )

@@ -31,6 +31,7 @@ from sparsejax.compress.shrink import as_leaf, copied, linear_weights, sizes_of,
 from sparsejax.compress.stream import Stream
 from sparsejax.masks import choose
 from sparsejax.models import Transformer
+from sparsejax.models.layers import head_width
 
 BASES = ("pca", "random", "variance")
 ORIENTATIONS = ("random", "pca")
@@ -132,7 +133,7 @@ def slice_model(
     whole, parts = fold_norms(model, params)
     whole = whole.clone(
         hidden=model.mlp_ratio * model.width if model.hidden is None else model.hidden,
-        head_width=model.head_width or model.width // model.heads,
+        head_width=head_width(model),
         norm_width=model.norm_width or model.width,
     )
     cut = _Cut(width, basis, orientation, np.random.default_rng(seed))
@@ -234,7 +235,7 @@ def _width(model, count: str, sparsity: float, multiple: int, slice_last: bool, 
 
 def _weights(model, width: int, slice_last: bool) -> int:
     """Weights of the blocks' kernels and shortcuts in a model sliced to `width`."""
-    head, total = model.head_width or model.width // model.heads, 0
+    head, total = head_width(model), 0
     for i in range(model.depth):
         size = sizes_of(model, i)
         last = model.width if i == model.depth - 1 and not slice_last else width

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax.compress import slicegpt as module
 from sparsejax.compress.norms import fold_norms
 from sparsejax.compress.shrink import linear_weights
-from sparsejax.compress.slicegpt import slice_model, slicegpt
+from sparsejax.compress.slicegpt import _weights, slice_model, slicegpt
 from sparsejax.models import Transformer
 
 TOKENS = np.random.default_rng(9).integers(0, 31, (5, 12))
@@ -123,11 +122,11 @@ def test_the_method_counts_widths_or_weights():
     found = slicegpt(multiple=4).run(model, params, TOKENS, 0.3, progress=False)
     assert found.model.width == 8 and found.report["sparsity"] == 0.5 and found.masks is None
     kept = linear_weights(found.params, 2)
-    assert found.report["kept"] == kept == module._weights(model, 8, False)
+    assert found.report["kept"] == kept == _weights(model, 8, False)
     assert found.report["weight_sparsity"] == 1 - kept / linear_weights(params, 2)
     by_weight = slicegpt(count="weights", multiple=2, slice_last=True).run(model, params, TOKENS, 0.3)
     assert by_weight.report["sparsity"] == by_weight.report["weight_sparsity"] >= 0.3
-    wider = module._weights(model, by_weight.model.width + 2, True)
+    wider = _weights(model, by_weight.model.width + 2, True)
     assert wider > 0.7 * linear_weights(params, 2)
 
 
