@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sparsejax import masks as masks_lib
 from sparsejax.compress.base import Layerwise
+from sparsejax.compress.calibration import prune_layers
 from sparsejax.compress.stream import Stream
 
 LOSSES = ("kl", "loss")
@@ -69,48 +69,40 @@ def build(
     variants: Callable[[tuple[int, int]], Sequence[tuple[Layerwise, float]]],
     *,
     base: int,
+    propagate: str = "dense",
     batch: int = 8,
     progress: bool | None = None,
 ) -> Database:
-    """Compresses every unit to every level, block by block, each from the inputs that the blocks before give at
-    level `base`.
+    """Compresses every unit to every level, block by block.
 
     Args:
-      model, params, tokens, batch: as in `Stream`.
+      model, params, tokens, propagate, batch, progress: as in `prune_layers`.
       variants: for the shape of a unit, (method, sparsity) of every level; as many for each shape.
-      base: the index of the level that earlier blocks have.
-      progress: whether to show a bar.
+      base: the index of the level that earlier blocks have if they are propagated "pruned".
 
     Raises:
-      ValueError: as `Stream`, and as the methods.
+      ValueError: as `prune_layers`, and as the methods, naming the layer.
     """
     units, shapes = find_units(model, params, tokens)
     number = len(variants(shapes[0][1:]))
     dtype = np.asarray(masks_lib.flatten(params)[units[0].leaf]).dtype
     stacks = [np.zeros((shape[0], number, *shape[1:]), dtype) for shape in shapes]
     zeros, bits = np.zeros((len(units), number), np.int64), [[] for _ in units]
-    needs = {need for method, _ in variants(shapes[0][1:]) for need in method.needs}
-    stream, place = Stream(model, params, tokens, batch), {unit: i for i, unit in enumerate(units)}
-    with tqdm(total=len(units), desc="levels", unit="layer", disable=not progress) as bar:
-        for name in stream.blocks:
-            block, part = stream.block(name), params[name]
-            layers = stream.layers(block, part)
-            stats, _ = stream.observe(block, part, layers, needs)
-            found = {}
-            for unit in (unit for unit in units if unit.leaf.startswith(f"{name}/")):
-                layer = unit.leaf.removeprefix(f"{name}/")
-                own, kernel = stats[layers[layer].source], masks_lib.flatten(part)[layer]
-                if unit.expert is not None:
-                    own, kernel = jax.tree.map(lambda x, e=unit.expert: x[e], (own, kernel))
-                kernel = jnp.asarray(kernel, jnp.float32)
-                for level, (method, sparsity) in enumerate(variants(kernel.shape)):
-                    pruned, mask = method.prune(kernel, own, sparsity, "unstructured")
-                    stacks[unit.stack][unit.row, level] = np.asarray(pruned)
-                    bits[place[unit]].append(np.packbits(np.asarray(mask)))
-                    zeros[place[unit], level] = mask.size - int(np.sum(mask))
-                found.setdefault(layer, []).append(stacks[unit.stack][unit.row, base])
-                bar.update()
-            stream.hidden = stream.run(block, _replaced(part, {k: _joined(v) for k, v in found.items()}))
+    waiting = iter(enumerate(units))  # `prune_layers` takes layers and experts in the same order
+
+    def record(kernel, stats, *_):
+        i, unit = next(waiting)
+        found = [method.prune(kernel, stats, s, "unstructured") for method, s in variants(kernel.shape)]
+        for level, (pruned, mask) in enumerate(found):
+            mask = np.asarray(mask)
+            stacks[unit.stack][unit.row, level] = np.asarray(pruned)
+            bits[i].append(np.packbits(mask))
+            zeros[i, level] = mask.size - mask.sum()
+        return found[base]
+
+    needs = tuple(dict.fromkeys(need for method, _ in variants(shapes[0][1:]) for need in method.needs))
+    recorder = Layerwise("levels", needs, record, host=True)
+    prune_layers(recorder, model, params, tokens, 0.0, propagate=propagate, batch=batch, progress=progress)
     return Database([jnp.asarray(stack) for stack in stacks], units, zeros, bits)
 
 
@@ -149,10 +141,6 @@ def without(params, units: Sequence[Unit]):
 
 def _replaced(params, leaves: Mapping):
     return masks_lib.map_with_name(lambda name, leaf: leaves.get(name, leaf), params)
-
-
-def _joined(kernels: list):
-    return kernels[0] if len(kernels) == 1 else np.stack(kernels)
 
 
 class Loss:
