@@ -151,7 +151,9 @@ class Loss:
     vocabulary or more. kind "loss": mean cross entropy of the next token, in nats.
     """
 
-    def __init__(self, model, params, tokens, assemble: Callable, kind: str = "kl", top: int = 512, batch: int = 8):
+    def __init__(
+        self, model, params, tokens, assemble: Callable, kind: str = "kl", top: int = 512, batch: int = 8
+    ):
         """Runs the dense model.
 
         Args:
@@ -171,7 +173,9 @@ class Loss:
             raise ValueError(f"top must be at least 1 token, got {top}")
         self.tokens = np.asarray(tokens)
         if kind == "loss" and self.tokens.shape[1] < 2:
-            raise ValueError(f"the loss of the next token needs sequences of 2 tokens, got {self.tokens.shape[1]}")
+            raise ValueError(
+                f"the loss of the next token needs sequences of 2 tokens, got {self.tokens.shape[1]}"
+            )
         self._model, self._assemble, self._batch = model, assemble, min(batch, len(self.tokens))
         self._reference = self._run_dense(params, top) if kind == "kl" else None
 
@@ -190,7 +194,9 @@ class Loss:
             chosen = sequences[first : first + self._batch]
             weights = np.arange(self._batch) < len(chosen)
             chosen = np.resize(chosen, self._batch)  # one shape for all; what is repeated weighs nothing
-            tokens, reference = jax.tree.map(lambda x, at=chosen: jnp.asarray(x[at]), (self.tokens, self._reference))
+            tokens, reference = jax.tree.map(
+                lambda x, at=chosen: jnp.asarray(x[at]), (self.tokens, self._reference)
+            )
             parts = [_loss(self._assemble, g, tokens, reference, weights, self._model) for g in genomes]
             totals = [total + float(part) for total, part in zip(totals, jax.device_get(parts), strict=True)]
         return [total / len(sequences) for total in totals]
