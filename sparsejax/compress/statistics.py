@@ -110,3 +110,13 @@ def _of_batch(names, x, chosen) -> Statistics:
         rows = (x if chosen is None else x * weights).reshape(-1, x.shape[-1])
         found["gram"] = jnp.matmul(rows.T, rows, precision=lax.Precision.HIGHEST) / jnp.maximum(count, 1)
     return {name: found[name] for name in names}
+
+
+def isotropic(stats: Statistics) -> Statistics:
+    """Statistics with the same entries of one sequence whose inputs are uncorrelated, of mean 0 and variance 1."""
+    values = {name: jnp.ones_like(value) for name, value in stats.items()}
+    if "mean" in stats:
+        values["mean"] = jnp.zeros_like(stats["mean"])
+    if "gram" in stats:
+        values["gram"] = jnp.eye(stats["gram"].shape[-1], dtype=jnp.float32)
+    return values

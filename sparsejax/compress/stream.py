@@ -122,7 +122,7 @@ class Stream:
         outputs = []
         for hidden, context in self.batches():
             stats, y = _observe(stats, params, hidden, context, block)
-            outputs.append(y)
+            outputs.append(np.asarray(y))
         return stats, self._join(outputs)
 
     def run(self, block: linen.Module, params):
