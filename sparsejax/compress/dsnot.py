@@ -90,8 +90,15 @@ def dsnot(
         if sparsity == 0:
             return pruned, mask
         refined = refine(
-            kernel, pruned, mask, stats, pattern,
-            cycles=cycles, threshold=threshold, same_sign=same_sign, power=power,
+            kernel,
+            pruned,
+            mask,
+            stats,
+            pattern,
+            cycles=cycles,
+            threshold=threshold,
+            same_sign=same_sign,
+            power=power,
         )
         return refined.kernel, refined.mask
 
@@ -156,9 +163,13 @@ def _swap(parts: _Parts, cycles: int, threshold: float, same_sign: bool, group: 
     d, order, score, initial = (leaf.T for leaf in parts[:4])
     outputs = jnp.arange(d.shape[0])
     # Two lists of inputs for each output, for eps > 0 and eps < 0; no more than `cycles` of each can be used.
-    to_grow = jnp.stack([_first(jnp.where(~initial & (s * d > 0), s * order, -jnp.inf), cycles) for s in (1, -1)])
+    to_grow = jnp.stack(
+        [_first(jnp.where(~initial & (s * d > 0), s * order, -jnp.inf), cycles) for s in (1, -1)]
+    )
     if group is None:
-        to_prune = jnp.stack([_first(jnp.where(initial & (s * d < 0), -score, -jnp.inf), cycles) for s in (1, -1)])
+        to_prune = jnp.stack(
+            [_first(jnp.where(initial & (s * d < 0), -score, -jnp.inf), cycles) for s in (1, -1)]
+        )
 
     def cycle(_, state: _State):
         side = (state.eps < 0).astype(jnp.int32)

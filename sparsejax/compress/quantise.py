@@ -13,9 +13,9 @@ With lo = min(w, 0) and hi = max(w, 0) over the group and L = 2^bits - 1,
 gradients of scale and zero are those of the formula with round(u) = u + constant (Esser et al. 2020, learned step
 size quantisation).
 
-GPTQ (Frantar et al. 2022) is SparseGPT's sweep with every weight rounded before its error is passed on:
-`row_rounding` makes the function of one input's weights that the sweep calls. Its grids are those of the weights
-before the sweep; the released code fits a group's grid when the sweep reaches it.
+GPTQ (Frantar et al. 2022) is SparseGPT's sweep with every weight rounded before its error is passed on, for which
+`rounding` makes the function. It fits the grids of a block of inputs when the sweep comes to the block; the released
+code does so group by group.
 """
 
 from collections.abc import Callable
@@ -127,15 +127,23 @@ def fake(kernel, grid: Grid, mask, *, bits: int):
     return jnp.where(mask, scale * (codes - zero), 0.0)
 
 
-def row_rounding(grid: Grid, *, bits: int, group: int) -> Callable:
-    """`f(weights, j)`: the nearest levels for the weights `(out,)` of input j (int or traced), for GPTQ."""
-    levels = 2**bits - 1
+def rounding(*, bits: int = 4, group: int = 16) -> Callable:
+    """The `quantise` of `sparsejax.compress.sparsegpt`, which makes its sweep GPTQ.
 
-    def nearest(weights, j):
-        scale, zero = (jax.lax.dynamic_index_in_dim(leaf, j // group, 0, keepdims=False) for leaf in grid)
-        return scale * (jnp.clip(jnp.round(weights / scale) + zero, 0, levels) - zero)
+    Given the weights of a block of inputs `(size, out)`, it fits their grids and returns `f(weights (out,), i)`, the
+    nearest levels for the i-th input of the block. `group` must divide the sizes of all blocks.
+    """
 
-    return nearest
+    def quantise(rows):
+        grid = fit(rows, bits=bits, group=group)
+
+        def nearest(weights, i):
+            scale, zero = (jax.lax.dynamic_index_in_dim(leaf, i // group, 0, keepdims=False) for leaf in grid)
+            return scale * (jnp.clip(jnp.round(weights / scale) + zero, 0, 2**bits - 1) - zero)
+
+        return nearest
+
+    return quantise
 
 
 def rtn(initial: Layerwise | None = None, *, bits: int = 4, group: int = 16) -> Layerwise:
@@ -155,7 +163,9 @@ def rtn(initial: Layerwise | None = None, *, bits: int = 4, group: int = 16) -> 
         if initial is not None:
             kernel, mask = initial.prune(kernel, stats, sparsity, pattern)
         elif sparsity:
-            raise ValueError(f"rtn without an initial method prunes nothing, so sparsity must be 0, got {sparsity}")
+            raise ValueError(
+                f"rtn without an initial method prunes nothing, so sparsity must be 0, got {sparsity}"
+            )
         quantised = round_to_nearest(kernel, mask, bits=bits, group=group)
         return dense(quantised), quantised.mask
 

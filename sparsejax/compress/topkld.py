@@ -47,7 +47,9 @@ def topkld(*, k: int = 10, balance: float = 0.5, temperature: float = 1.0) -> Ca
                 f"{jnp.shape(student_logits)}"
             )
         if k > jnp.shape(teacher_logits)[-1]:
-            raise ValueError(f"k={k} of topkld exceeds the {jnp.shape(teacher_logits)[-1]} classes of the logits")
+            raise ValueError(
+                f"k={k} of topkld exceeds the {jnp.shape(teacher_logits)[-1]} classes of the logits"
+            )
         teacher = jax.lax.stop_gradient(jnp.asarray(teacher_logits, jnp.float32)) / temperature
         student = jnp.asarray(student_logits, jnp.float32) / temperature
         top, classes = jax.lax.top_k(teacher, k)

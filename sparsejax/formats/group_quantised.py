@@ -11,7 +11,6 @@ The format does not hold any weights, only such; it is what GQSA (Zeng et al. 20
 groups, whatever output they are of, into chunks of one size, so that outputs with many groups hold up no others.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -178,9 +177,7 @@ def group_quantised_matmul(x, w: GroupQuantisedArray, *, chunk: int = CHUNK):
 def _weights(scales, zeros, codes):
     """scale (code - zero): float32 (or wider) `(nnz, G)`."""
     exact = jnp.promote_types(scales.dtype, jnp.float32)
-    return scales.astype(exact)[:, None] * (
-        unpack_int4(codes).astype(exact) - zeros.astype(exact)[:, None]
-    )
+    return scales.astype(exact)[:, None] * (unpack_int4(codes).astype(exact) - zeros.astype(exact)[:, None])
 
 
 def _chunks(leaf, size: int, pad):

@@ -14,9 +14,10 @@ from sparsejax.compress.quantise import (
     fake,
     fit,
     round_to_nearest,
-    row_rounding,
+    rounding,
     rtn,
 )
+from sparsejax.compress.sparsegpt import sparsegpt
 from sparsejax.compress.wanda import wanda
 from sparsejax.patterns import NM
 
@@ -87,11 +88,32 @@ def test_fake_quantisation_is_the_same_map_with_straight_through_gradients():
     np.testing.assert_allclose(by_grid.zero, by_zero.reshape(4, 8, 6).sum(1), atol=1e-5)
 
 
-def test_row_rounding_is_the_grid_row_by_row():
+def test_rounding_is_the_grid_row_by_row():
     grid = fit(KERNEL, bits=3, group=8)
-    nearest = jax.jit(row_rounding(grid, bits=3, group=8))
+    nearest = rounding(bits=3, group=8)(KERNEL)
     rows = jnp.stack([nearest(KERNEL[j], j) for j in range(32)])
     np.testing.assert_array_equal(rows, decode(encode(KERNEL, grid, 3), grid))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_rounding_makes_the_sweep_gptq(sparsity):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200, 32)) @ rng.normal(size=(32, 32))
+    gram = jnp.asarray(x.T @ x / 200, jnp.float32)
+    method = sparsegpt(block=16, quantise=rounding(bits=3, group=8))
+    kernel, mask = method.prune(KERNEL, {"gram": gram}, sparsity, "unstructured")
+    nearest, _ = rtn(sparsegpt(block=16), bits=3, group=8).prune(
+        KERNEL, {"gram": gram}, sparsity, "unstructured"
+    )
+
+    def error(found):
+        return float(np.trace((KERNEL - found).T @ gram @ (KERNEL - found)))
+
+    assert np.all(np.asarray(kernel)[~np.asarray(mask)] == 0)
+    for output in range(6):
+        for start in range(0, 32, 8):
+            assert len(np.unique(np.round(np.asarray(kernel)[start : start + 8, output], 5))) <= 8
+    assert error(kernel) < 0.8 * error(nearest)
 
 
 def test_rtn_keeps_the_mask_of_the_initial_method():
