@@ -109,8 +109,9 @@ def evopress(
     """
     masks_lib.choose("search", search, _DEFAULTS)
     masks_lib.choose("fitness", fitness, LOSSES)
-    for name, value in (("levels", levels), ("moves", moves), ("starts", starts), ("batch", batch)):
-        if value < 1:
+    counts = {"levels": levels, "moves": moves, "starts": starts, "batch": batch, "offspring": offspring}
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} of evopress must be at least 1, got {value}")
     if search == "bits" and not widths[0] <= bits <= widths[1]:
         raise ValueError(f"bits={bits} must lie in widths={widths[0]} to {widths[1]}")

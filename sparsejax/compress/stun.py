@@ -73,6 +73,8 @@ def stun(
     method = wanda(scope="layer") if method is None else method
     if not 0 <= experts < 1:
         raise ValueError(f"experts must be a share in [0, 1), got {experts}")
+    if isinstance(allocation, str):
+        masks_lib.choose("allocation", allocation, ("uniform",))
     if min(coactivation, router) < 0 or not coactivation + router:
         raise ValueError(
             f"coactivation={coactivation} and router={router} must not be negative, and one of them positive"
@@ -335,10 +337,8 @@ def _shares(allocation, model, params, tokens, wanted: int, sparsity: float):
         raise ValueError(
             f"without the experts {total} weights are left, but sparsity {sparsity:g} keeps {wanted}: remove fewer experts"
         )
-    asked = allocation
-    if callable(asked):
-        asked = asked(model, params, tokens, 1 - wanted / total)
-    return exact_shares(sizes, total - wanted, None if asked == "uniform" else asked)
+    asked = allocation(model, params, tokens, 1 - wanted / total) if callable(allocation) else None
+    return exact_shares(sizes, total - wanted, asked)
 
 
 def _sizes(model, params) -> dict[str, tuple[int, ...]]:

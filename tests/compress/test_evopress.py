@@ -27,12 +27,13 @@ SHORT = {"stages": ((3, 16), (1, 64)), "generations": 3, "offspring": 6}
 def model_of(scale=3.0, **keywords):
     """A small decoder whose kernels are large enough for pruning to matter."""
     model = Transformer(13, depth=2, width=16, heads=2, mlp_ratio=2, max_length=8).clone(**keywords)
-    params = model.init(jax.random.key(0), TOKENS[:1])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS[:1])["params"]
     return model, map_with_name(lambda name, x: x * scale if name.endswith("kernel") else x + 0.1, params)
 
 
 def log_p(model, params, tokens=TOKENS):
-    return np.asarray(jax.nn.log_softmax(model.apply({"params": params}, tokens)), np.float64)
+    logits = jax.jit(lambda params: model.apply({"params": params}, tokens))(params)
+    return np.asarray(jax.nn.log_softmax(logits), np.float64)
 
 
 def divergence(p, q):
