@@ -10,21 +10,51 @@ from collections.abc import Mapping
 from sparsejax.compress import statistics
 from sparsejax.compress.base import Compressed, CompressionWarning, Layerwise, Whole
 from sparsejax.compress.calibration import Observed, observe, prune_layers
+from sparsejax.compress.cfsp import cfsp
+from sparsejax.compress.dsnot import dsnot
 from sparsejax.compress.evaluate import perplexity
+from sparsejax.compress.evopress import evopress
+from sparsejax.compress.flap import flap
+from sparsejax.compress.gqsa import gqsa, group_pruning
+from sparsejax.compress.jlcm import jlcm
 from sparsejax.compress.least_squares import least_squares, masked_least_squares
 from sparsejax.compress.magnitude import magnitude
+from sparsejax.compress.owl import owl
+from sparsejax.compress.pat import pat
+from sparsejax.compress.pv_tuning import pv_tuning
+from sparsejax.compress.quantise import rtn
+from sparsejax.compress.slicegpt import slicegpt
 from sparsejax.compress.sparsegpt import sparsegpt
+from sparsejax.compress.structured import magnitude_sp, random_sp, wanda_sp
+from sparsejax.compress.stun import stun
+from sparsejax.compress.topkld import topkld
 from sparsejax.compress.wanda import wanda
+from sparsejax.compress.ziplm import ziplm
 from sparsejax.masks import choose
 
 # Keywords of factories that are methods themselves.
 BASES = ("initial", "method")
 
 METHODS = {
+    "cfsp": cfsp,
+    "dsnot": dsnot,
+    "evopress": evopress,
+    "flap": flap,
+    "gqsa": gqsa,
+    "group_pruning": group_pruning,
+    "jlcm": jlcm,
     "least_squares": least_squares,
     "magnitude": magnitude,
+    "magnitude_sp": magnitude_sp,
+    "pat": pat,
+    "random_sp": random_sp,
+    "rtn": rtn,
+    "slicegpt": slicegpt,
     "sparsegpt": sparsegpt,
+    "stun": stun,
     "wanda": wanda,
+    "wanda_sp": wanda_sp,
+    "ziplm": ziplm,
 }
 
 
@@ -53,20 +83,38 @@ def _method(value):
 
 
 __all__ = [
-    "METHODS",
     "Compressed",
     "CompressionWarning",
     "Layerwise",
+    "METHODS",
     "Observed",
     "Whole",
     "build",
+    "cfsp",
+    "dsnot",
+    "evopress",
+    "flap",
+    "gqsa",
+    "group_pruning",
+    "jlcm",
     "least_squares",
     "magnitude",
+    "magnitude_sp",
     "masked_least_squares",
     "observe",
+    "owl",
+    "pat",
     "perplexity",
     "prune_layers",
+    "pv_tuning",
+    "random_sp",
+    "rtn",
+    "slicegpt",
     "sparsegpt",
     "statistics",
+    "stun",
+    "topkld",
     "wanda",
+    "wanda_sp",
+    "ziplm",
 ]

@@ -144,7 +144,7 @@ def gqsa(
 def _look(stream: Stream, part: str, tree, pruning: Layerwise, sparsity: float, pattern: Block):
     """The block, the masks of its layers, and its batches of inputs with the dense outputs."""
     block = stream.block(part)
-    found = stream.layers(block, tree)
+    found = stream.layers[part]
     for path, layer in found.items():
         if len(layer.shape) != 2:
             raise ValueError(f"gqsa cannot do experts, and {part}/{path} has {layer.shape[0]}")

@@ -54,7 +54,7 @@ def find_units(model, params: Mapping, tokens) -> tuple[tuple[Unit, ...], list[t
     stream = Stream(model, params, np.asarray(tokens)[:1])
     units, counts = [], {}
     for block in stream.blocks:
-        for name, layer in stream.layers(stream.block(block), params[block]).items():
+        for name, layer in stream.layers[block].items():
             for expert in range(layer.shape[0]) if len(layer.shape) == 3 else (None,):
                 row = counts.setdefault(layer.shape[-2:], 0)
                 units.append(Unit(f"{block}/{name}", expert, list(counts).index(layer.shape[-2:]), row))

@@ -43,6 +43,7 @@ from sparsejax import masks as masks_lib
 from sparsejax.compress.base import Compressed, Whole, check_pattern, dropped
 from sparsejax.compress.shrink import shrink
 from sparsejax.models import Transformer
+from sparsejax.models.layers import layer_sizes
 from sparsejax.patterns import Unstructured
 from sparsejax.selection import top_k_mask
 
@@ -145,7 +146,7 @@ def places(model: Transformer) -> tuple[str, ...]:
     """The subtrees behind which a module stands: embeddings, and the last layer of every sub-block."""
     found = ["embed"]
     for i in range(model.depth):
-        size = model.layer(i)
+        size = layer_sizes(model, i)
         found += [f"block_{i}/attention/out"] * bool(size["heads"])
         found += [f"block_{i}/mlp/down"] * bool(size["hidden"])
     return tuple(found)
@@ -165,10 +166,11 @@ def init(key, model: Transformer, params, rank: int, lora_rank: int = 20, identi
         own = jax.random.fold_in(key, int.from_bytes(name.encode(), "little") % (2**31 - 1))
         return jax.random.uniform(own, shape, minval=-1.0, maxval=1.0) / math.sqrt(fan)
 
-    gains = {"v": jnp.ones(d)} if identity else {}
-    modules = {
-        name: {"a": uniform(name, (rank, d), d), "b": jnp.zeros((d, rank)), **gains} for name in places(model)
-    }
+    modules = {}
+    for name in places(model):
+        modules[name] = {"a": uniform(name, (rank, d), d), "b": jnp.zeros((d, rank))}
+        if identity:
+            modules[name]["v"] = jnp.ones(d)  # an array of its own: training donates each of them
     lora = {}
     for name, leaf in masks_lib.flatten(params).items():
         if name.startswith("block_") and name.endswith("/kernel") and "/router/" not in name:

@@ -33,6 +33,7 @@ from sparsejax.compress.shrink import shrink
 from sparsejax.compress.stream import Stream
 from sparsejax.compress.wanda import wanda
 from sparsejax.models import Transformer
+from sparsejax.models.layers import layer_sizes
 from sparsejax.patterns import NM, Unstructured
 
 Clusters = list[list[list[int]]]  # of every layer, each a list of experts
@@ -360,7 +361,7 @@ def _expert_blocks(model) -> list[int]:
     """The blocks with experts; ValueError if there is none."""
     found = []
     if isinstance(model, Transformer):
-        sizes = [model.layer(i) for i in range(model.depth)]
+        sizes = [layer_sizes(model, i) for i in range(model.depth)]
         found = [i for i, size in enumerate(sizes) if size["experts"] and size["hidden"]]
     if not found:
         raise ValueError(f"stun needs a Transformer with experts, got {type(model).__name__} without")

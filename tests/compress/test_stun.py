@@ -20,6 +20,7 @@ from sparsejax.compress.stun import (
 )
 from sparsejax.masks import flatten
 from sparsejax.models import Transformer
+from sparsejax.models.layers import layer_sizes
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (6, 5))
 
@@ -144,7 +145,7 @@ def test_a_duplicated_expert_goes_without_a_trace(dense, average):
     np.testing.assert_allclose(
         small.apply({"params": small_params}, TOKENS), model.apply({"params": params}, TOKENS), atol=1e-5
     )
-    assert small.layer(0)["experts"] == 5 and small.layer(1)["experts"] == 6
+    assert layer_sizes(small, 0)["experts"] == 5 and layer_sizes(small, 1)["experts"] == 6
     assert small_params["block_0"]["mlp"]["up"]["kernel"].shape == (5, 8, 12)
     assert about["block_0"]["kept"] == [0, 1, 2, 3, 5] and about["block_0"]["averaged"] == bool(average)
     result = found.run(model, params, TOKENS, 0.5)
@@ -166,7 +167,7 @@ def test_the_expert_nearest_to_the_mean_or_the_mean_stays(dense):
     for name, axis in (("up", 0), ("down", 0), ("router", 1)):
         expected = np.stack([mlp[name].take(group, axis).mean(axis) for group in groups[0]], axis)
         np.testing.assert_allclose(mean["block_0"]["mlp"][name]["kernel"], expected, rtol=1e-5, atol=1e-7)
-    assert small.layer(0)["experts"] == 3 and about["block_1"]["averaged"] is False
+    assert layer_sizes(small, 0)["experts"] == 3 and about["block_1"]["averaged"] is False
     chex.assert_trees_all_equal(mean["block_1"], params["block_1"])
 
 
