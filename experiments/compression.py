@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
+from configs import stdlib_decoder
+from experiments.tables import Metric
 from pallas_kernels.timing import blocking, measure
 from sparsejax import compress, training
 from sparsejax.allocator import keep_freed_memory
@@ -22,6 +25,46 @@ from sparsejax.training.config import resolve
 from sparsejax.training.pretrained import obtain
 
 ALLOCATIONS = ("uniform", "owl")
+BITS = Metric("bits_per_byte", "held-out loss", 1, 3, "bits per byte")
+DAMAGE = Metric("damage", "loss above the dense model's", 1, 3, "bits per byte")
+REACHED = Metric("sparsity", "sparsity reached", 100, 2, "%")
+STORED = Metric("parameters_left", "parameters that are stored", 100, 1, "% of dense")
+SPEEDUP = Metric("speedup", "forward pass, times faster than dense", 1, 2)
+SECONDS = Metric("seconds", "compression", 1, 1, "s")
+QUICK = {
+    "decoder.steps": 60,
+    "decoder.model.depth": 2,
+    "decoder.model.width": 32,
+    "decoder.model.hidden": 64,
+    "decoder.data.size": 100_000,
+    "calibration.samples": 8,
+    "evaluation.windows": 8,
+}
+ABOUT = (
+    "A byte-level decoder of the Llama family (four blocks of width 128) is trained for 600 steps on the sources of "
+    "Python's standard library. It is compressed with 128 windows of 128 bytes of training text; embeddings and head stay "
+    "as they are. The loss is that of 256 windows of files that were not trained on. Seeds are trainings. "
+)
+
+
+def base() -> ml_collections.ConfigDict:
+    """What tables start from: the decoder of `configs/stdlib_decoder.py` at half its width, and its calibration."""
+    config = stdlib_decoder.get_config()
+    config.model.width, config.model.hidden = 128, 352
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "decoder": config.to_dict(),
+            "method": "dense",
+            "options": {},
+            "sparsity": ml_collections.config_dict.placeholder(float),
+            "pattern": "unstructured",
+            "allocation": "uniform",
+            "calibration": {"corpus": "stdlib", "samples": 128, "length": 128},
+            "evaluation": {"corpus": "stdlib", "windows": 256},
+            "repeats": 0,
+        }
+    )
 
 
 class Text(NamedTuple):
