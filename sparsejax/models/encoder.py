@@ -21,7 +21,16 @@ from sparsejax.models.layers import block_options, check_model, frozen
 POOLS = ("first", "mean")
 
 
-class Encoder(nn.MaskedParams):
+class Bias(nn.MaskedParams):
+    """x + `bias`."""
+
+    @linen.compact
+    def __call__(self, x):
+        """Arrays of the shape of `x`."""
+        return x + self.param("bias", zeros, x.shape[-1:]).astype(x.dtype)
+
+
+class Encoder(linen.Module):
     """Outputs for every token, or with `pool` for every sequence.
 
     Attributes:
@@ -45,7 +54,7 @@ class Encoder(nn.MaskedParams):
       pool: what the outputs are made from: None for every token, `first` for the first token, `mean` for the mean
         of all tokens but the padding.
       pooler: whether tanh(dense(x)) comes after the pool.
-      tied: whether the logits are those of BERT's masked tokens: products of norm(act(dense(x))), the parameters
+      tied: whether the logits are those of BERT's masked tokens: products of norm(act(dense(x))), the layers
         `transform` and `transform_norm`, with the embedding of the tokens, and a bias.
       layers: as in `Transformer`, without experts and streams.
 
@@ -120,7 +129,7 @@ class Encoder(nn.MaskedParams):
                 dense(self.width, "transform"),
                 layer_norm("transform_norm"),
             )
-            self._bias = self.param("head_bias", zeros, (self.classes,))
+            self._head = Bias(name="head")
         elif self.classes:
             self._head = dense(self.classes, "head")
 
@@ -167,7 +176,7 @@ class Encoder(nn.MaskedParams):
             x = jnp.tanh(self._pooler(x))
         if self.tied:
             x = self._transform_norm(ACTIVATIONS[self.activation](self._transform(x)))
-            x = self._embed.attend(x) + self._bias.astype(x.dtype)
+            x = self._head(self._embed.attend(x))
         elif self.classes:
             x = self._head(x)
         return x.astype(jnp.float32)
@@ -199,8 +208,8 @@ class Encoder(nn.MaskedParams):
         )
         last = ("pooler",) if self.pooler else ()
         if self.tied:
-            last += ("transform", "transform_norm", "head_bias")
-        elif self.classes:
+            last += ("transform", "transform_norm")
+        if self.classes:
             last += ("head",)
         return (*first, *(f"block_{i}" for i in range(self.depth)), *last)
 

@@ -90,7 +90,9 @@ def blocks(p):
     return (p[f"block_{i}"] for i in range(sum(name.startswith("block_") for name in p)))
 
 
-def llama(params, tokens, *, heads, kv_heads, theta, epsilon, window=None, qk_norm=False, experts_per_token=None):
+def llama(
+    params, tokens, *, heads, kv_heads, theta, epsilon, window=None, qk_norm=False, experts_per_token=None
+):
     """Llama; with a window Mistral, with `qk_norm` Qwen3, with experts Mixtral. Untied head."""
     p = double(params)
     out = []
@@ -101,7 +103,11 @@ def llama(params, tokens, *, heads, kv_heads, theta, epsilon, window=None, qk_no
             qk_epsilon = epsilon if qk_norm else None
             x = x + attention(b["attention"], normed, heads, kv_heads, theta, window, qk_epsilon=qk_epsilon)
             normed = rms_norm(b["norm_1"], x, epsilon)
-            x = x + (mixtral_mlp(b["mlp"], normed, experts_per_token) if experts_per_token else swiglu(b["mlp"], normed))
+            x = x + (
+                mixtral_mlp(b["mlp"], normed, experts_per_token)
+                if experts_per_token
+                else swiglu(b["mlp"], normed)
+            )
         out.append(affine(p["head"], rms_norm(p["norm"], x, epsilon)))
     return np.stack(out)
 
@@ -125,8 +131,14 @@ def bert(params, tokens, types, mask, places, *, heads, epsilon):
     """Hidden states of BERT; `places` are the rows of the positions."""
     p = double(params)
     out = []
-    for sequence, kinds, seen, rows in zip(*(np.asarray(a) for a in (tokens, types, mask, places)), strict=True):
-        x = p["embed"]["embedding"][sequence] + p["positions"]["embedding"][rows] + p["types"]["embedding"][kinds]
+    for sequence, kinds, seen, rows in zip(
+        *(np.asarray(a) for a in (tokens, types, mask, places)), strict=True
+    ):
+        x = (
+            p["embed"]["embedding"][sequence]
+            + p["positions"]["embedding"][rows]
+            + p["types"]["embedding"][kinds]
+        )
         x = layer_norm(p["embed_norm"], x, epsilon)
         for b in blocks(p):
             y = attention(b["attention"], x, heads, causal=False, mask=seen)

@@ -66,7 +66,10 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
     [
         ((7,), "rotary positions need heads of even width, got 7"),
         ((8, 1e4, {"rope_type": "linaer"}), "unknown rope_type 'linaer'; did you mean 'linear'"),
-        ((8, 1e4, {"rope_type": "llama3", "factor": 2.0}), "'llama3' needs factor, .* but low_freq_factor is missing"),
+        (
+            (8, 1e4, {"rope_type": "llama3", "factor": 2.0}),
+            "'llama3' needs factor, .* but low_freq_factor is missing",
+        ),
     ],
 )
 def test_bad_input(arguments, message):
