@@ -19,7 +19,10 @@ def family_of(config: Mapping) -> Family:
     Raises:
       ValueError: if it is not supported; the supported ones are listed.
     """
-    return choose("model_type", config.get("model_type"), FAMILIES)
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"model_type {name!r} is not supported (supported: {', '.join(sorted(FAMILIES))})")
+    return FAMILIES[name]
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -133,10 +136,21 @@ def resolved(model) -> dict[str, Any]:
     return found
 
 
-def with_biases(family: Family, names) -> tuple[str, ...]:
-    """The projections that have a bias in the narrowest checkpoint of the family that gives `names` one."""
+def with_biases(family: Family, model, names) -> tuple[str, ...]:
+    """The projections that have a bias in the narrowest checkpoint of the family that gives `names` one.
+
+    Raises:
+      ValueError: if no checkpoint of the family does.
+    """
     groups = [bias.names for bias in family.bias if bias.switch is None or set(bias.names) & set(names)]
-    return tuple(name for group in groups for name in group)
+    found = tuple(name for group in groups for name in group)
+    unused = () if getattr(model, "gated", False) else ("gate",)
+    extra = sorted(set(names).difference(found, unused))
+    if extra:
+        raise ValueError(
+            f"a checkpoint of {family.variants[0].architecture} has no bias of {', '.join(extra)}"
+        )
+    return found
 
 
 def describe(family: Family, variant: Variant, model, config: Mapping, dtype: str) -> dict[str, Any]:
@@ -201,8 +215,6 @@ def _check(variant: Variant, wanted: Mapping, found: Mapping) -> None:
     for name, value in wanted.items():
         if found[name] == value:
             continue
-        if name == "bias":
-            value, found = sorted(value), {name: sorted(found[name])}
         raise ValueError(
             f"a checkpoint of {variant.architecture} cannot express {name}={value!r} (it would mean {found[name]!r})"
         )

@@ -55,19 +55,25 @@ class LazyParams(Mapping):
     `dict(lazy)` reads all of them, which is what `model.apply` needs.
     """
 
-    def __init__(self, files: Files, family: Family, model, config: Mapping, dtype: str | None):
+    def __init__(
+        self, files: Files, family: Family, variant: Variant, model, config: Mapping, dtype: str | None
+    ):
         self._files, self._model, self._dtype = files, model, dtype
         self._shapes = shapes(family, model, config)
         self._places = {
             part: {path: place(family, join(part, path), shape) for path, shape in leaves.items()}
             for part, leaves in self._shapes.items()
         }
+        self._check(family, variant)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def __contains__(self, part) -> bool:
+        return part in self._places  # without reading it
 
     def __getitem__(self, part: str):
         """The subtree `part`.
@@ -92,7 +98,7 @@ class LazyParams(Mapping):
         array = np.stack(arrays) if where.is_stacked else arrays[0]
         return jnp.asarray(np.ascontiguousarray(array.astype(self._dtype or array.dtype, copy=False)))
 
-    def check(self, family: Family, variant: Variant) -> None:
+    def _check(self, family: Family, variant: Variant) -> None:
         """Raises ValueError, naming the first tensor, unless the files hold exactly those that the model needs."""
         used = set()
         for part, leaves in self._places.items():
@@ -152,8 +158,7 @@ def load(folder: str | os.PathLike, dtype: str | None = None, *, lazy: bool = Fa
     files = Files(folder, family)
     variant = family.variant(files)
     model = family.model(**attributes(family, variant, config))
-    params = LazyParams(files, family, model, config, dtype)
-    params.check(family, variant)
+    params = LazyParams(files, family, variant, model, config, dtype)
     return Checkpoint(model, params if lazy else dict(params), config)
 
 

@@ -21,7 +21,7 @@ def uniform(model, family: Family):
         norm after a sub-block that is gone.
     """
     layers = [layer_sizes(model, i) for i in range(model.depth)]
-    bias = with_biases(family, set().union(*(layer["bias"] for layer in layers)))
+    bias = with_biases(family, model, set().union(*(layer["bias"] for layer in layers)))
     fields = dict(bias=bias, linear=None)
     if layers[0]["experts"]:  # transformers picks no more experts than there are
         fields["experts_per_token"] = min(model.experts_per_token, layers[0]["experts"])

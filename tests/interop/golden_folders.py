@@ -16,11 +16,15 @@ def expected(family):
     return safetensors.numpy.load_file(GOLDEN / family / "expected.safetensors")
 
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compile, not run
+
+
 def run(checkpoint, *inputs, **keywords):
     """The model's outputs as NumPy sees them, in full float32."""
     with jax.default_matmul_precision("highest"):
         function = jax.jit(lambda params: checkpoint.model.apply({"params": params}, *inputs, **keywords))
-        return np.asarray(function(dict(checkpoint.params)))
+        params = dict(checkpoint.params)
+        return np.asarray(function.lower(params).compile(QUICK)(params))
 
 
 def assert_close(found, wanted, tolerance=1e-5):

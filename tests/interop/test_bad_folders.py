@@ -32,7 +32,8 @@ def test_folders_without_config_or_weights(tmp_path):
 def test_unsupported_architectures_and_dtypes(tmp_path):
     known = "bert, gpt2, llama, mistral, mixtral, opt, qwen2, qwen3, roberta, vit"
     refuse(
-        edit(tmp_path, "llama", {"model_type": "mamba"}), rf"unknown model_type 'mamba' \(known: {known}\)"
+        edit(tmp_path, "llama", {"model_type": "mamba"}),
+        rf"model_type 'mamba' is not supported \(supported: {known}\)",
     )
     refuse(GOLDEN / "llama", r"unknown dtype 'int8' \(known: bfloat16, float16, float32\)", dtype="int8")
 

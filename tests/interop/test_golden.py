@@ -44,7 +44,7 @@ def test_vision_transformers_reproduce_the_logits_of_transformers():
     assert_close(run(load(GOLDEN / "vit"), wanted["images"]), wanted["logits"])
 
 
-@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["mistral", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_generation_with_a_cache_is_that_of_transformers(family):
     wanted, checkpoint = expected(family), load(GOLDEN / family)
     length = wanted["tokens"].shape[1]

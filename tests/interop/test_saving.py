@@ -1,0 +1,300 @@
+"""Folders that we write: exact round trips, padding, streaming, and nothing at all when something is wrong."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_folders import (
+    DECODERS,
+    GOLDEN,
+    assert_close,
+    assert_identical,
+    config,
+    expected,
+    run,
+    tensors,
+)
+
+import sparsejax
+from sparsejax.interop.huggingface import load, save, writer
+from sparsejax.models import Encoder, Transformer
+
+FAMILIES = (*DECODERS, "bert", "roberta", "minilm", "vit")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trips_are_byte_for_byte(tmp_path, family):
+    save(tmp_path / "out", *load(GOLDEN / family))
+    assert (tmp_path / "out" / "config.json").read_bytes() == (GOLDEN / family / "config.json").read_bytes()
+    assert_identical(tensors(tmp_path / "out"), tensors(GOLDEN / family))
+    assert_identical(load(tmp_path / "out").params, load(GOLDEN / family).params)
+    if (GOLDEN / family / "model.safetensors").exists():
+        written = (tmp_path / "out" / "model.safetensors").read_bytes()
+        assert written == (GOLDEN / family / "model.safetensors").read_bytes()
+
+
+def test_streaming_writes_the_same_in_shards(tmp_path):
+    model, params, old = load(GOLDEN / "mixtral", lazy=True)
+    with writer(tmp_path / "out", model, old, shard_bytes=30_000) as out:
+        for part in reversed(model.parts()):
+            out[part] = params[part]
+        assert not (tmp_path / "out").exists()
+    assert_identical(tensors(tmp_path / "out"), tensors(GOLDEN / "mixtral"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(
+        [*files, "config.json", "model.safetensors.index.json"]
+    )
+    sizes = [tensor.size for tensor in tensors(tmp_path / "out").values()]
+    assert index["metadata"] == {"total_parameters": sum(sizes), "total_size": 4 * sum(sizes)}
+    assert os.listdir(tmp_path) == ["out"]
+    save(tmp_path / "again", model, load(tmp_path / "out", lazy=True).params, old)
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (GOLDEN / "mixtral" / "model.safetensors").read_bytes()
+
+
+def test_the_dtype_of_the_parameters_is_written(tmp_path):
+    save(tmp_path / "out", *load(GOLDEN / "llama", "bfloat16"))
+    assert {str(tensor.dtype) for tensor in tensors(tmp_path / "out").values()} == {"bfloat16"}
+    assert config(tmp_path / "out") == {**config(GOLDEN / "llama"), "dtype": "bfloat16"}
+
+
+def test_small_files_of_the_source_and_the_card(tmp_path):
+    source = tmp_path / "source"
+    (source / "1_Pooling").mkdir(parents=True)
+    for name in ("tokenizer.json", "merges.txt", "1_Pooling/config.json", "README.md", "training_args.bin"):
+        (source / name).write_text(name)
+    save(tmp_path / "out", *load(GOLDEN / "minilm"), source=source, card="# Größe\n")
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "# Größe\n"
+    for name in ("tokenizer.json", "merges.txt", "1_Pooling/config.json"):
+        assert (tmp_path / "out" / name).read_text() == name
+    assert not (tmp_path / "out" / "training_args.bin").exists()
+
+
+def shrink(params, sizes, head_width):
+    """The parameters of blocks with only some heads, their keys and channels, cut by hand."""
+    cut = jax.tree.map(np.asarray, params)
+    for i, (kv_heads, group, hidden) in enumerate(sizes):
+        attention, mlp = cut[f"block_{i}"].get("attention"), cut[f"block_{i}"]["mlp"]
+        all_kv = attention["key"]["kernel"].shape[-1] // head_width
+        grid = np.arange(attention["query"]["kernel"].shape[-1]).reshape(all_kv, -1, head_width)
+        heads = grid[:kv_heads, :group].ravel()
+        keys = np.arange(kv_heads * head_width)
+        for name, chosen in (("query", heads), ("key", keys), ("value", keys)):
+            attention[name] = {leaf: value[..., chosen] for leaf, value in attention[name].items()}
+        attention["out"]["kernel"] = attention["out"]["kernel"][heads]
+        for name in {"up", "gate"} & set(mlp):
+            mlp[name] = {leaf: value[..., :hidden] for leaf, value in mlp[name].items()}
+        mlp["down"]["kernel"] = mlp["down"]["kernel"][:hidden]
+    return cut
+
+
+def layers_of(sizes):
+    return tuple(
+        {"heads": kv_heads * group, "kv_heads": kv_heads, "hidden": hidden}
+        for kv_heads, group, hidden in sizes
+    )
+
+
+def test_uneven_heads_and_channels_are_padded_to_the_same_function(tmp_path):
+    model, params, old = load(GOLDEN / "llama")
+    sizes = ((2, 1, 24), (1, 2, 13))
+    params = shrink(params, sizes, 8)
+    model = model.clone(layers=layers_of(sizes))
+    save(tmp_path / "out", model, params, old)
+    back = load(tmp_path / "out")
+    assert (back.model.heads, back.model.kv_heads, back.model.hidden, back.model.layers) == (4, 2, 24, ())
+    assert config(tmp_path / "out") == {**old, "intermediate_size": 24}
+    tokens = expected("llama")["tokens"]
+    shrunk = run(back._replace(model=model, params=params), tokens)
+    assert_close(run(back, tokens), shrunk)
+    assert np.abs(shrunk - expected("llama")["logits"]).max() > 0.1
+    kernel = np.asarray(back.params["block_1"]["attention"]["query"]["kernel"]).reshape(32, 2, 2, 8)
+    assert kernel[:, 0].all() and not kernel[:, 1].any()
+
+
+@pytest.mark.slow
+def test_heads_of_gpt2_are_padded_until_they_fill_the_width(tmp_path):
+    model, params, old = load(GOLDEN / "gpt2")
+    sizes = ((3, 1, 7), (2, 1, 9))
+    params = shrink(params, sizes, 8)
+    layers = [{"heads": layer["heads"], "hidden": layer["hidden"]} for layer in layers_of(sizes)]
+    model = model.clone(layers=tuple(layers))
+    save(tmp_path / "out", model, params, old)
+    back = load(tmp_path / "out")
+    assert (back.model.heads, back.model.hidden) == (4, 9)
+    tokens = expected("gpt2")["tokens"]
+    assert_close(run(back, tokens), run(back._replace(model=model, params=params), tokens))
+
+
+def test_blocks_that_are_gone_are_written_as_zeros(tmp_path):
+    model, params, old = load(GOLDEN / "mistral")
+    model = model.clone(layers=({"heads": 0}, {"heads": 0, "hidden": 0}))
+    params = {**params, "block_0": {name: params["block_0"][name] for name in ("mlp", "norm_1")}}
+    del params["block_1"]
+    save(tmp_path / "out", model, params, old)
+    back = load(tmp_path / "out")
+    assert not any(leaf.any() for leaf in jax.tree.leaves(back.params["block_1"]["mlp"]))
+    tokens = expected("mistral")["tokens"]
+    assert_close(run(back, tokens), run(back._replace(model=model, params=params), tokens))
+
+
+def test_a_bias_switches_on_those_of_its_group(tmp_path):
+    model, params, old = load(GOLDEN / "llama_tied")
+    bias = jnp.arange(32, dtype=jnp.float32)
+    params["block_0"]["mlp"]["down"]["bias"] = bias
+    model = model.clone(layers=({"bias": ("down",)}, {}))
+    save(tmp_path / "out", model, params, old)
+    assert config(tmp_path / "out") == {**old, "mlp_bias": True}
+    found = load(tmp_path / "out").params
+    np.testing.assert_array_equal(found["block_0"]["mlp"]["down"]["bias"], bias)
+    assert (
+        not found["block_1"]["mlp"]["down"]["bias"].any() and not found["block_0"]["mlp"]["up"]["bias"].any()
+    )
+
+
+def test_a_model_of_ours_becomes_a_checkpoint_of_gpt2(tmp_path):
+    model = Transformer(classes=50, width=16, heads=2, max_length=12)
+    tokens = np.arange(10, dtype=np.int32)[None]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    save(tmp_path / "out", model, params, {"model_type": "gpt2"})
+    wanted = {
+        "vocab_size": 50,
+        "n_embd": 16,
+        "n_head": 2,
+        "n_layer": 2,
+        "n_positions": 12,
+        "dtype": "float32",
+    }
+    wanted |= {"layer_norm_epsilon": 1e-6, "tie_word_embeddings": False, "architectures": ["GPT2LMHeadModel"]}
+    assert config(tmp_path / "out") == {"model_type": "gpt2", **wanted}
+    assert_identical(load(tmp_path / "out").params, params)
+
+
+def test_packed_kernels_become_dense(tmp_path):
+    model, params, old = load(GOLDEN / "llama")
+    kernel = params["block_0"]["mlp"]["up"]["kernel"]
+    mask = sparsejax.patterns.parse("2:4").mask(jnp.abs(kernel), 0.5)
+    params["block_0"]["mlp"]["up"]["kernel"] = sparsejax.formats.pack(kernel, mask, "2:4")
+    save(tmp_path / "out", model, params, old)
+    found = load(tmp_path / "out").params["block_0"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(found, jnp.where(mask, kernel, 0))
+
+
+STREAM = ({"stream": (32, 24, 24)}, {"stream": (24, 24, 32)})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "mistral",
+            {"bias": ("down",)},
+            "a checkpoint of MistralForCausalLM has no bias of down, out",
+        ),
+        (
+            "llama",
+            {"qk_norm": True},
+            "LlamaForCausalLM has no place for the parameter block_0/attention/key_norm/scale",
+        ),
+        (
+            "llama",
+            {"layers": STREAM},
+            r"block_0 has stream=\(32, 24, 24\), but a checkpoint of LlamaForCausalLM has",
+        ),
+        ("gpt2", {"norm": "rms"}, r"GPT2LMHeadModel cannot express norm='rms' \(it would mean 'layer'\)"),
+        ("gpt2", {"window": 4}, r"GPT2LMHeadModel cannot express window=4 \(it would mean None\)"),
+        ("gpt2", {"head_width": 6}, "GPT2LMHeadModel cannot express head_width=6"),
+        (
+            "gpt2",
+            {"linear": {"name": "monarch"}},
+            "has no place for the parameter block_0/attention/key/first_kernel",
+        ),
+        (
+            "mixtral",
+            {"layers": ({"experts": 3}, {})},
+            "block_1 has 4 experts and block_0 3, but a checkpoint of Mix",
+        ),
+        (
+            "bert",
+            {"layers": ({}, {"heads": 0})},
+            "block_1 has heads=0 and no norm there, but a checkpoint of Bert",
+        ),
+        ("minilm", {"pool": "mean"}, r"BertModel cannot express pool='mean' \(it would mean None\)"),
+        ("minilm", {"types": 0}, "type_vocab_size in the config must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_what_a_family_cannot_express(tmp_path, family, changes, message):
+    model, _, old = load(GOLDEN / family, lazy=True)
+    with pytest.raises(ValueError, match=message) as caught:
+        writer(tmp_path / "out", model.clone(**changes), old)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_bad_calls(tmp_path):
+    model, params, old = load(GOLDEN / "llama")
+
+    def refuse(message, folder="out", model=model, params=params, config=old, **keywords):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=message):
+            save(tmp_path / folder, model, params, config, **keywords)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    refuse("model_type None is not supported", config={})
+    refuse(
+        "a checkpoint of BertForMaskedLM needs a Encoder, got a Transformer", config={"model_type": "bert"}
+    )
+    refuse("source 'nowhere' is not a folder", source="nowhere")
+    refuse("shard_bytes must be at least 1, got 0", shard_bytes=0)
+    refuse("parameters have 'extra', which the model lacks", params={**params, "extra": {}})
+    refuse(
+        "norm of the model were not written, so there is no folder",
+        params={name: part for name, part in params.items() if name != "norm"},
+    )
+    refuse("norm/scale is missing", params={**params, "norm": {}})
+    with_bias = {"scale": params["norm"]["scale"], "bias": np.zeros(32)}
+    refuse("norm/bias is not a parameter of the model", params={**params, "norm": with_bias})
+    refuse(
+        r"norm/scale has shape \(3,\), but the model has \(32,\)",
+        params={**params, "norm": {"scale": np.ones(3)}},
+    )
+    refuse("norm/scale has dtype float64, which cannot", params={**params, "norm": {"scale": np.ones(32)}})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    refuse("full' exists already; remove it or name another folder", folder="full")
+    refuse("file' exists already", folder="full/file")
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    model, params, old = load(GOLDEN / "llama")
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "out", model, old, shard_bytes=1) as out:
+        out["embed"] = params["embed"]
+        assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with (
+        pytest.raises(ValueError, match="embed was written already"),
+        writer(tmp_path / "out", model, old) as out,
+    ):
+        out["embed"] = params["embed"]
+        out["embed"] = params["embed"]
+    with (
+        pytest.raises(ValueError, match="unknown part 'blocks'"),
+        writer(tmp_path / "out", model, old) as out,
+    ):
+        out["blocks"] = params["embed"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_of_ours_becomes_a_checkpoint_of_bert(tmp_path):
+    model = Encoder(classes=0, vocabulary=50, width=16, heads=2, max_length=12, epsilon=1e-6)
+    params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4), np.int32))["params"]
+    save(tmp_path / "out", model, params, {"model_type": "bert"})
+    assert config(tmp_path / "out")["pad_token_id"] is None
+    back = load(tmp_path / "out").model
+    assert (back.width, back.hidden, back.heads, back.classes, back.vocabulary) == (16, 64, 2, 0, 50)
+    assert_identical(load(tmp_path / "out").params, params)
