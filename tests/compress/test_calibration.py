@@ -353,7 +353,8 @@ def test_messages():
     refused(r"test cannot do the pattern block:4x4 \(it can do: unstructured, N:M", pattern="block:4x4")
     refused(r"sparsity must be in \[0, 1\), got 1.0", sparsity=1.0)
     refused(r"sparsity must be in \[0, 1\), got None", sparsity=None)
-    refused("a multiple of 1/4, got 0.3", pattern="2:4", sparsity=0.3)
+    refused("2:4 has sparsity 0.5, got 0.25", pattern="2:4", sparsity=0.25)
+    refused("kernel: 2:4 keeps .* a multiple of 1/4, got 0.3", pattern="2:4", allocation={"*": 0.3})
     refused(
         "needs axis -2 of block_0/attention/query/kernel to be divisible by 32", pattern="1:32", sparsity=None
     )
