@@ -106,10 +106,11 @@ def dsnot(
     return Layerwise(f"{initial.name}+dsnot", needs, prune, allowed, initial.host)
 
 
+@partial(jax.jit, static_argnames=("pattern", "cycles", "threshold", "same_sign", "power"))
 def refine(
     kernel, pruned, mask, stats, pattern, *, cycles=None, threshold=0.1, same_sign=False, power=1.0
 ) -> Refined:
-    """The swaps for one layer; jit-able.
+    """The swaps for one layer.
 
     Args:
       kernel: the dense one, `(in, out)`.
@@ -157,7 +158,6 @@ class _State(NamedTuple):
     swaps: jnp.ndarray
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _swap(parts: _Parts, cycles: int, threshold: float, same_sign: bool, group: int | None):
     """The mask `(in, out)`, eps and counts of swaps after at most `cycles` of them in every output."""
     d, order, score, initial = (leaf.T for leaf in parts[:4])

@@ -64,9 +64,16 @@ def by_hand(kernel, pruned, mask, stats, cycles, threshold, same_sign, group):
     return mask, before, np.asarray(after)
 
 
-@pytest.mark.parametrize("same_sign", [False, True])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
-@pytest.mark.parametrize("cycles", [1, 3, 40])
+@pytest.mark.parametrize(
+    ("pattern", "cycles", "same_sign"),
+    [
+        ("unstructured", 1, False),
+        ("unstructured", 40, False),
+        ("unstructured", 40, True),
+        ("2:4", 40, False),
+        ("4:8", 3, False),
+    ],
+)
 def test_equals_the_plain_loop(pattern, cycles, same_sign):
     pattern = parse(pattern)
     group = pattern.m if isinstance(pattern, NM) else None
