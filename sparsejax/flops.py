@@ -41,6 +41,7 @@ import numpy as np
 from flax import linen
 
 from sparsejax.masks import INCLUDE, choose, flatten, is_sparsified, matches
+from sparsejax.nn.experts import ExpertDense
 from sparsejax.nn.factorised import FactorisedLinear
 from sparsejax.nn.variational import Variational
 
@@ -83,6 +84,7 @@ COUNTERS = {
     linen.ConvLocal: _conv_local,
     linen.ConvTranspose: _conv_transpose,
     linen.Embed: _attend,
+    ExpertDense: _dense_macs,
     FactorisedLinear: _factorised,
     Variational: _conv,
 }

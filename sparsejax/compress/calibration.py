@@ -12,6 +12,7 @@ written to a folder, from which the same call goes on after an interruption at a
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from sparsejax.compress.base import (
 )
 from sparsejax.compress.resume import Resume
 from sparsejax.compress.stream import Layer, Stream
+from sparsejax.formats.base import is_packed
 from sparsejax.masks import best_rule, check_sparsity, choose, count, matches
 from sparsejax.patterns import NM
 
@@ -72,9 +74,7 @@ def observe(
     with tqdm(stream.blocks, disable=_hidden(progress), unit="block", desc="observe") as bar:
         for name in bar:
             block, tree = stream.block(name), params[name]
-            found = {
-                path: layer for path, layer in stream.layers(block, tree).items() if matches(path, layers)
-            }
+            found = {path: layer for path, layer in stream.layers[name].items() if matches(path, layers)}
             stats, outputs = stream.observe(block, tree, found, needs)
             of_layers = {path: stats[layer.source] for path, layer in found.items()}
             yield Observed(name, tree, found, of_layers, stream.hidden, outputs)
@@ -102,8 +102,8 @@ def prune_layers(
       method: one layer's method, such as `sparsejax.compress.wanda()`.
       model: a module with the block interface (`start`, `block`, `context`, `finish`, `parts`).
       params: its parameters by part; any mapping, each part is read when its turn comes. Sharded ones work.
-      tokens: calibration sequences, int32 `(sequences, length)` without padding (or whatever `model.start` takes).
-        Sharded along their first axis, the hidden states are too.
+      tokens: calibration sequences, int32 `(sequences, length)`, or whatever `model.start` takes; padding counts
+        unless the model's context has a mask of it. Sharded along their first axis, the hidden states are too.
       sparsity: fraction to drop, in [0, 1), over each layer. None with N:M, which has its own.
       pattern: `sparsejax.patterns` object or its name.
       allocation: "uniform"; {shell pattern on `block_0/attention/query/kernel`: sparsity}, where the most specific
@@ -132,6 +132,7 @@ def prune_layers(
     counts as one sequence); an expert that saw none as if its inputs were uncorrelated and of equal size, with a
     warning.
     """
+    text = str(pattern)
     pattern = check_pattern(method.name, pattern, method.patterns)
     choose("propagate", propagate, PROPAGATE)
     if sparsity is not None or not isinstance(pattern, NM):
@@ -139,7 +140,7 @@ def prune_layers(
     statistics.init(method.needs, 1)
     asked = {
         "method": method.name,
-        "pattern": str(pattern),
+        "pattern": text,
         "sparsity": sparsity,
         "propagate": propagate,
         "batch": batch,
@@ -155,7 +156,7 @@ def prune_layers(
         if sink is None:
             masks[part] = mask
 
-    first, done = {}, 0 if saved is None else saved.done
+    layers, done = {}, 0 if saved is None else saved.done
     with tqdm(total=len(stream.blocks), initial=done, disable=_hidden(progress), unit="block") as bar:
         for part in model.parts():
             if part not in stream.blocks:
@@ -163,16 +164,16 @@ def prune_layers(
                 continue
             if stream.blocks.index(part) < done:
                 tree, mask, report = saved.read(part)
-                tree = _like(tree, params[part])
+                tree, mask = _like(tree, params[part]), jax.tree.map(jnp.asarray, mask)
             else:
                 bar.set_description(part)
                 tree, mask, report = runner.block(stream, part, bar)
                 if saved is not None:
                     saved.write(part, tree, mask, report, stream.hidden)
                 bar.update()
-            first |= report
+            layers |= report
             emit(part, tree, mask)
-    return Compressed(model, out, masks if sink is None else None, _report(asked, stream, first))
+    return Compressed(model, out, masks if sink is None else None, _report(asked, stream, layers))
 
 
 class _Runner:
@@ -185,10 +186,11 @@ class _Runner:
 
     def allocate(self, stream: Stream, allocation) -> dict[str, float | None]:
         """The sparsity of every layer, checked against the pattern and the layer's shape."""
-        shapes = {}
-        for part in stream.blocks:
-            for path, layer in stream.layers(stream.block(part), self.params[part]).items():
-                shapes[f"{part}/{path}"] = layer.shape
+        shapes = {
+            f"{part}/{path}": layer.shape
+            for part, layers in stream.layers.items()
+            for path, layer in layers.items()
+        }
         if not shapes:
             raise ValueError(
                 f"{type(self.model).__name__} has no linear layer in its blocks ({', '.join(stream.blocks)})"
@@ -205,9 +207,10 @@ class _Runner:
     def block(self, stream: Stream, part: str, bar):
         """Compresses one block and moves the stream behind it: (parameters, masks, {layer: report})."""
         block, old = stream.block(part), self.params[part]
-        layers = stream.layers(block, old)
+        layers = stream.layers[part]
+        _check_dense(part, old, layers)
         stats, outputs = stream.observe(block, old, layers, self.method.needs)
-        new, masks, report = jax.tree.map(lambda x: x, old), _dense_masks(old), {}
+        new, masks, report = _copy(old), _dense_masks(old), {}
         last = {layer.source: path for path, layer in layers.items()}
         for path, layer in layers.items():
             name = f"{part}/{path}"
@@ -232,23 +235,8 @@ class _Runner:
                 raise ValueError(
                     f"the inputs of {name} are not finite (their {entry}); the model's activations overflow"
                 )
-        wide = jnp.asarray(kernel).astype(jnp.float32)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", CompressionWarning)
-            try:
-                found = self._prune(wide, stats, self.budgets[name])
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        notes = [str(w.message) for w in caught if issubclass(w.category, CompressionWarning)]
-        for other in caught:
-            warnings.warn(
-                f"{name}: {other.message}"
-                if issubclass(other.category, CompressionWarning)
-                else other.message,
-                other.category,
-                stacklevel=2,
-            )
-        new, mask = found
+        with _naming(name) as notes:
+            new, mask = self._prune(jnp.asarray(kernel).astype(jnp.float32), stats, self.budgets[name])
         new = jnp.where(mask, new, 0).astype(kernel.dtype)
         if isinstance(kernel, jax.Array):
             new, mask = jax.device_put(new, kernel.sharding), jax.device_put(mask, kernel.sharding)
@@ -308,6 +296,24 @@ def _report(asked: dict, stream: Stream, layers: dict) -> dict:
     }
 
 
+@contextmanager
+def _naming(layer: str):
+    """Puts the layer's name before what methods warn of or raise; gives the list of those warnings."""
+    notes = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CompressionWarning)
+        try:
+            yield notes
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+    for found in caught:
+        text = found.message
+        if issubclass(found.category, CompressionWarning):
+            notes.append(str(text))
+            text = f"{layer}: {text}"
+        warnings.warn_explicit(text, found.category, found.filename, found.lineno)
+
+
 def _node(tree, path):
     for key in path:
         tree = tree[key]
@@ -318,8 +324,21 @@ def _kept(mask) -> int:
     return int(count(mask))
 
 
+def _copy(tree, leaf=lambda x: x):
+    """Nested dicts, which may be changed, from nested mappings."""
+    if isinstance(tree, Mapping):
+        return {key: _copy(part, leaf) for key, part in tree.items()}
+    return leaf(tree)
+
+
 def _dense_masks(tree):
-    return jax.tree.map(lambda _: jnp.asarray(True), tree)
+    return _copy(tree, lambda _: jnp.asarray(True))
+
+
+def _check_dense(part: str, params, layers) -> None:
+    for path in layers:
+        if is_packed(_node(params, path.split("/"))):
+            raise ValueError(f"{part}/{path} is packed, and only dense kernels can be compressed; unpack it")
 
 
 def _like(tree, example):

@@ -16,6 +16,7 @@ plain dicts, so that `jax.jit`, `jax.vmap` (experts) and sharding act on them as
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,7 @@ def of(names: Iterable[str], x, chosen=None) -> Statistics:
     return _of_batch(tuple(init(names, x.shape[-1])), x, chosen)
 
 
+@jax.jit
 def merge(a: Statistics, b: Statistics) -> Statistics:
     """The statistics of the inputs of both; they must have the same entries."""
     count, sequences = a["count"] + b["count"], a["sequences"] + b["sequences"]
@@ -83,6 +85,7 @@ def _share(part, whole):
     return part / jnp.maximum(whole, 1)
 
 
+@partial(jax.jit, static_argnames="names")
 def _of_batch(names, x, chosen) -> Statistics:
     """The statistics of one batch alone."""
     x = x.astype(jnp.float32)

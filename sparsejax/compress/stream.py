@@ -8,7 +8,7 @@ A model takes part if it has `parts`, `start`, `block`, `context` and `finish`, 
 """
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax import nn
 from sparsejax.compress import statistics
-from sparsejax.formats.base import is_packed
+from sparsejax.nn.experts import expert_matmul
 
 ROUTER = "router"  # decides about experts; it is small, and never compressed
 
@@ -45,8 +45,8 @@ class Stream:
       blocks: the names of the blocks in their order.
     """
 
-    def __init__(self, model, params: Mapping, tokens, batch: int = 8, hidden=None):
-        """Embeds the tokens, or takes up the states in `hidden`.
+    def __init__(self, model, params: Mapping, tokens, batch: int = 8):
+        """Embeds the tokens.
 
         Args:
           model: see the module.
@@ -54,7 +54,6 @@ class Stream:
           tokens: int32 `(sequences, length)`, or what else `model.start` takes. Sharded along its first axis, the
             batches are too.
           batch: sequences that go through a block at once.
-          hidden: states to continue from, instead of the embedded tokens.
 
         Raises:
           ValueError: without a token, for a token outside of the vocabulary, sequences longer than the model takes,
@@ -66,11 +65,9 @@ class Stream:
         self.tokens = np.asarray(tokens)
         self._batch = batch
         _check_tokens(self.tokens, batch, self._sharding)
-        if hidden is None:
-            first = self.outer(params)
-            _check_vocabulary(self.tokens, first)
-            hidden = self._join(_start(first, self._put(part), model) for part in self._split(self.tokens))
-        self.hidden = hidden
+        first = self.outer(params)
+        _check_vocabulary(self.tokens, first)
+        self.hidden = self._join(_start(first, self._put(part), model) for part in self._split(self.tokens))
 
     def outer(self, params: Mapping) -> dict:
         """The parameters outside of the blocks."""
@@ -85,30 +82,29 @@ class Stream:
         for tokens, hidden in zip(self._split(self.tokens), self._split(self.hidden), strict=True):
             yield self._put(hidden), _context(self._put(tokens), self.model)
 
-    def layers(self, block: linen.Module, params) -> dict[str, Layer]:
-        """The linear kernels of a block by their path in it, as `attention/query/kernel`, in order of use.
+    @cached_property
+    def layers(self) -> dict[str, dict[str, Layer]]:
+        """By block: its linear kernels by their path in it, as `attention/query/kernel`, in order of use.
 
-        Raises:
-          ValueError: for a packed kernel.
+        Found from shapes alone: no parameters are read.
         """
-        found, sources = {}, {}
-
-        def visit(name, x, *rest):
-            if name.split("/")[-2] != ROUTER:
-                kernel = _at(params, name)
-                if is_packed(kernel):
-                    raise ValueError(f"{name} is packed; only dense kernels can be compressed")
-                found[name] = Layer(tuple(kernel.shape), sources.setdefault(id(x), (name, x))[0])
-
-        jax.eval_shape(partial(_tapped, block, visit), params, *next(self.batches()))
-        return found
+        tokens = jax.eval_shape(self._put, next(self._split(self.tokens)))
+        hidden = jax.eval_shape(self._put, next(self._split(self.hidden)))
+        context = jax.eval_shape(partial(_context, model=self.model), tokens)
+        layers, seen = {}, {}
+        for name in self.blocks:
+            block = self.block(name)
+            if (block, hidden.shape) not in seen:
+                seen[block, hidden.shape] = _find_layers(block, hidden, context)
+            layers[name], hidden = seen[block, hidden.shape]
+        return layers
 
     def observe(self, block: linen.Module, params, layers: Mapping[str, Layer], needs):
         """Runs the block as it is: the statistics of its layers' inputs, and its outputs.
 
         Args:
           block, params: the block and its parameters.
-          layers: those whose inputs are wanted, from `layers`.
+          layers: those whose inputs are wanted, of `self.layers`.
           needs: entries of `sparsejax.compress.statistics`.
 
         Returns:
@@ -189,7 +185,9 @@ def _observe(stats, params, hidden, context, block):
         if name not in new:
             return
         if not sizes:
-            new[name] = statistics.update(new[name], x.reshape(len(x), -1, x.shape[-1]))
+            new[name] = statistics.update(
+                new[name], x.reshape(len(x), -1, x.shape[-1]), _without_padding(x, context)
+            )
             return
         ends = jnp.cumsum(*sizes)
         rows = jnp.arange(len(x))
@@ -213,12 +211,33 @@ def _errors(kernels, old, hidden, context, block):
     def visit(name, x, *sizes):
         if name in kernels:
             before, after = (k.astype(jnp.float32) for k in (_at(old, name), kernels[name]))
-            product = partial(lax.ragged_dot, group_sizes=sizes[0]) if sizes else jnp.matmul
-            x = x.astype(jnp.float32)
+            product = partial(expert_matmul, sizes=sizes[0]) if sizes else jnp.matmul
+            x, flags = x.astype(jnp.float32), _without_padding(x, context)
+            x = x if flags is None else x * flags[..., None]
             found[name] = [jnp.sum(product(x, kernel) ** 2) for kernel in (before - after, before)]
 
     _tapped(block, visit, old, hidden, context)
     return found
+
+
+def _without_padding(x, context):
+    """Bools `(sequences, length)`, which tokens are none, of a model whose blocks take a padding mask; else None."""
+    mask = context.get("mask")
+    return mask if mask is not None and mask.shape == x.shape[:-1] else None
+
+
+def _find_layers(block, hidden, context):
+    """({path: Layer}, the shape of the outputs) of a block for the shapes of its inputs."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda x, more: block.init(key, x, **more), hidden, context)["params"]
+    found, sources = {}, {}
+
+    def visit(name, x, *sizes):
+        if name.split("/")[-2] != ROUTER:
+            # the inputs are kept, or another array could get the same id
+            found[name] = Layer(_at(params, name).shape, sources.setdefault(id(x), (name, x))[0])
+
+    return found, jax.eval_shape(partial(_tapped, block, visit), params, hidden, context)
 
 
 def _tapped(block, visit, params, hidden, context):

@@ -10,6 +10,8 @@ from flax import linen
 
 from sparsejax.masks import choose
 from sparsejax.models.cnn import CNN
+from sparsejax.models.encoder import Encoder, sentence_embeddings
+from sparsejax.models.generate import generate, init_cache
 from sparsejax.models.mlp import MLP
 from sparsejax.models.resnet import ResNet
 from sparsejax.models.transformer import Transformer
@@ -18,6 +20,7 @@ from sparsejax.models.wide_resnet import WideResNet
 
 MODELS = {
     "cnn": CNN,
+    "encoder": Encoder,
     "mlp": MLP,
     "resnet": ResNet,
     "transformer": Transformer,
@@ -44,4 +47,17 @@ def build(name: str, classes: int, **kw) -> linen.Module:
     return model(classes, **{key: tuple(v) if isinstance(v, list) else v for key, v in kw.items()})
 
 
-__all__ = ["CNN", "MLP", "MODELS", "ResNet", "Transformer", "VisionTransformer", "WideResNet", "build"]
+__all__ = [
+    "CNN",
+    "Encoder",
+    "MLP",
+    "MODELS",
+    "ResNet",
+    "Transformer",
+    "VisionTransformer",
+    "WideResNet",
+    "build",
+    "generate",
+    "init_cache",
+    "sentence_embeddings",
+]

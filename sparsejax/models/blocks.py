@@ -12,7 +12,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen
-from flax.core import FrozenDict
 
 from sparsejax import nn
 from sparsejax.masks import choose
@@ -32,13 +31,6 @@ def norm(kind: str, **kwargs) -> linen.Module:
     """The normalisation that `kind`, one of `NORMS`, names; `width` is for `nn.RMSNorm` only."""
     choose("norm", kind, NORMS)
     return nn.RMSNorm(**kwargs) if kind == "rms" else nn.LayerNorm(**kwargs)
-
-
-def frozen(value):
-    """Lists as tuples and mappings as `FrozenDict`s, all the way down: what a module needs to have a hash."""
-    if isinstance(value, Mapping):
-        return FrozenDict({key: frozen(part) for key, part in value.items()})
-    return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 
 class Attention(linen.Module):

@@ -21,10 +21,10 @@ from flax.linen.initializers import normal
 from sparsejax import nn
 from sparsejax.masks import choose
 from sparsejax.models import rotary
-from sparsejax.models.blocks import ACTIVATIONS, NORMS, PROJECTIONS, Block, frozen, norm
+from sparsejax.models.blocks import PROJECTIONS, Block, norm
+from sparsejax.models.layers import block_options, check_model, frozen, head_width
 
 POSITIONS = ("learned", "rotary")
-LAYER = ("heads", "kv_heads", "hidden", "experts", "bias", "stream")
 
 
 class Transformer(linen.Module):
@@ -57,8 +57,8 @@ class Transformer(linen.Module):
       experts: feed-forward networks per block among which a router chooses; 0: one and no router.
       experts_per_token: how many of them a token goes through.
       layers: empty, or one mapping per block whose entries replace the model's `heads`, `kv_heads`, `hidden`,
-        `experts` and `bias` in that block, and may give a `stream`, see `sparsejax.models.blocks.Block`. No heads
-        or a hidden width of 0: the block has no attention, or no feed-forward network.
+        `experts` and `bias` in that block, and may give a `stream`, see `sparsejax.models.blocks.Block`; the
+        width of a head stays. No heads or a hidden width of 0: the block has no attention, or no feed-forward network.
       norm_width: what RMS norms divide the sum of squares by, None for the actual width.
 
     Raises:
@@ -99,9 +99,22 @@ class Transformer(linen.Module):
         for name in ("linear", "rotary_scaling", "bias", "layers"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
         super().__post_init__()
-        choose("norm", self.norm, NORMS)
         choose("positions", self.positions, POSITIONS)
-        choose("activation", self.activation, ACTIVATIONS)
+        check_model("transformer", self)
+        if self.positions == "rotary":
+            self._rates()
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} of a transformer must be at least 1")
+        if self.norm_width is not None and self.norm != "rms":
+            raise ValueError(
+                f"norm_width={self.norm_width} of a transformer needs norm='rms', got {self.norm!r}"
+            )
+        width = next((layer["stream"][2] for layer in self.layers[::-1] if "stream" in layer), self.width)
+        if self.tied and (self.head_bias or width != self.width):
+            raise ValueError(
+                "a tied transformer has no bias of the head and ends as wide as it begins, but "
+                f"head_bias={self.head_bias} and its widths are {self.width} and {width}"
+            )
 
     @property
     def reads_masks(self) -> bool:
@@ -164,9 +177,7 @@ class Transformer(linen.Module):
         if self.positions == "learned":
             return {}
         length = tokens if isinstance(tokens, int) else tokens.shape[1]
-        width = self.head_width or self.width // self.heads
-        rates = rotary.frequencies(width, self.rotary_theta, self.rotary_scaling)
-        return dict(zip(("cos", "sin"), rotary.tables(rates, length, offset), strict=True))
+        return dict(zip(("cos", "sin"), rotary.tables(self._rates(), length, offset), strict=True))
 
     @linen.nowrap
     def parts(self) -> tuple[str, ...]:
@@ -176,41 +187,9 @@ class Transformer(linen.Module):
         return (*first, *(f"block_{i}" for i in range(self.depth)), *last)
 
     @linen.nowrap
-    def layer(self, i: int) -> dict:
-        """The sizes of block `i`: every name of `LAYER` with its value."""
-        hidden = self.mlp_ratio * self.width if self.hidden is None else self.hidden
-        own = self.layers[i] if self.layers else {}
-        sizes = dict(
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            hidden=hidden,
-            experts=self.experts,
-            bias=self.bias,
-            stream=None,
-        )
-        return {**sizes, **own}
+    def _rates(self):
+        return rotary.frequencies(head_width(self), self.rotary_theta, self.rotary_scaling)
 
     @linen.nowrap
     def _of_block(self, i: int) -> dict:
-        """The keywords of block `i`."""
-        sizes = self.layer(i)
-        return dict(
-            heads=sizes["heads"],
-            hidden_width=sizes["hidden"],
-            causal=True,
-            linear=self.linear,
-            dtype=self.dtype,
-            kv_heads=sizes["kv_heads"],
-            head_width=self.head_width or self.width // self.heads,
-            bias=sizes["bias"],
-            norm=self.norm,
-            epsilon=self.epsilon,
-            norm_width=self.norm_width,
-            qk_norm=self.qk_norm,
-            window=self.window,
-            activation=self.activation,
-            gated=self.gated,
-            experts=sizes["experts"],
-            experts_per_token=self.experts_per_token,
-            stream=sizes["stream"],
-        )
+        return dict(block_options(self, i), causal=True)

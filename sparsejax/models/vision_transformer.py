@@ -8,7 +8,8 @@ from flax.linen.initializers import normal, zeros
 
 from sparsejax import nn
 from sparsejax.masks import choose
-from sparsejax.models.blocks import Block
+from sparsejax.models.blocks import PROJECTIONS, Block
+from sparsejax.models.layers import block_options, check_model, frozen
 
 POOLS = ("mean", "token")
 
@@ -26,9 +27,14 @@ class VisionTransformer(nn.MaskedParams):
       pool: what the head reads: the `mean` of all tokens, or an extra class `token` as in the paper.
       linear: which layer makes the projections of the blocks, see `sparsejax.nn.linear`.
       dtype: dtype of the computation, None for the inputs'.
+      hidden: hidden width of the feed-forward networks, None for `mlp_ratio * width`.
+      epsilon: of the norms.
+      activation: a key of `sparsejax.models.blocks.ACTIVATIONS`; the paper's is `gelu`.
+      bias: the projections of the blocks that have a bias.
+      layers: empty, or one mapping per block that replaces `heads`, `hidden` or `bias` there, as in `Transformer`.
 
     Raises:
-      ValueError: for an unknown pool, or a patch that does not divide the image (at the first call).
+      ValueError: for an unknown name, layers that do not fit the depth, or a patch that does not divide the image (at the first call).
     """
 
     classes: int
@@ -40,43 +46,75 @@ class VisionTransformer(nn.MaskedParams):
     pool: str = "mean"
     linear: Mapping | None = None
     dtype: str | None = None
+    hidden: int | None = None
+    epsilon: float = 1e-6
+    activation: str = "gelu_tanh"
+    bias: tuple[str, ...] = PROJECTIONS
+    layers: tuple[Mapping, ...] = ()
 
     def __post_init__(self):
+        for name in ("linear", "bias", "layers"):
+            object.__setattr__(self, name, frozen(getattr(self, name)))
         super().__post_init__()
         choose("pool", self.pool, POOLS)
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"heads={self.heads} of a vit must divide its width={self.width}")
+        check_model("vit", self)
 
     @property
     def reads_masks(self) -> bool:
         """As in `MLP`."""
         return nn.reads_masks(self.linear)
 
-    @linen.compact
     def __call__(self, x, train: bool = False):
         """Outputs `(batch, classes)` for images `(batch, height, width, channels)`; `train` has no effect.
 
         The output of every block is sown as `features/block` (except by `init`, which makes parameters only).
         """
-        x = nn.Dense(self.width, dtype=self.dtype, name="embed")(patches(x, self.patch))
-        if self.pool == "token":
-            token = self.param("token", zeros, (1, 1, self.width))
-            x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, self.width)).astype(x.dtype), x], axis=1)
-        x = x + self.param("positions", normal(0.02), (1, *x.shape[1:])).astype(x.dtype)
-        for i in range(self.depth):
-            block = Block(
-                self.heads,
-                self.mlp_ratio * self.width,
-                linear=self.linear,
-                dtype=self.dtype,
-                name=f"block_{i}",
-            )
-            x = block(x)
-            if not self.is_initializing():
-                self.sow("features", "block", x)
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
-        x = x[:, 0] if self.pool == "token" else x.mean(1)
-        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return self._run(x, ("start", "blocks", "finish"))
+
+    def start(self, x):
+        """Tokens `(batch, tokens, width)` for images; needs what `parts` names before the first block."""
+        return self._run(x, ("start",))
+
+    def finish(self, x):
+        """Outputs `(batch, classes)`, float32, for the tokens after the last block; needs `norm` and `head`."""
+        return self._run(x, ("finish",))
+
+    # The number of positions is that of the first image, so the parameters cannot be declared in a `setup`.
+    @linen.compact
+    def _run(self, x, stages: tuple[str, ...]):
+        if "start" in stages:
+            x = nn.Dense(self.width, dtype=self.dtype, name="embed")(patches(x, self.patch))
+            if self.pool == "token":
+                token = self.param("token", zeros, (1, 1, self.width))
+                token = jnp.broadcast_to(token, (len(x), 1, self.width)).astype(x.dtype)
+                x = jnp.concatenate([token, x], axis=1)
+            x = x + self.param("positions", normal(0.02), (1, *x.shape[1:])).astype(x.dtype)
+        if "blocks" in stages:
+            for i in range(self.depth):
+                x = Block(**block_options(self, i), name=f"block_{i}")(x)
+                if not self.is_initializing():
+                    self.sow("features", "block", x)
+        if "finish" in stages:
+            x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
+            x = x[:, 0] if self.pool == "token" else x.mean(1)
+            x = nn.Dense(self.classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+        return x
+
+    @linen.nowrap
+    def block(self, i: int) -> Block:
+        """The module of block `i`: `block.apply({"params": params["block_i"]}, hidden)`."""
+        return Block(**block_options(self, i), parent=None)
+
+    @linen.nowrap
+    def context(self, images=None) -> dict:
+        """Keywords of every block: none, for any images."""
+        return {}
+
+    @linen.nowrap
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parameters and their subtrees, in the order of their use."""
+        first = ("embed", "token", "positions") if self.pool == "token" else ("embed", "positions")
+        return (*first, *(f"block_{i}" for i in range(self.depth)), "norm", "head")
 
 
 def patches(images, side: int):
