@@ -26,7 +26,16 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from sparsejax.compress.base import SCOPES, Compressed, Layerwise, Whole, layer_budget, masked, select
+from sparsejax.compress.base import (
+    SCOPES,
+    Compressed,
+    Layerwise,
+    Whole,
+    is_traced,
+    layer_budget,
+    masked,
+    select,
+)
 from sparsejax.compress.gqsa_stages import bqpo, e2e_oqp, kernels_of
 from sparsejax.compress.quantise import Quantised
 from sparsejax.compress.sparsegpt import inverse_factor
@@ -56,6 +65,8 @@ def group_pruning(*, scope: str = "layer", damping: float = 0.01) -> Layerwise:
             )
         if sparsity == 0:
             return kernel, jnp.ones(kernel.shape, bool)
+        if is_traced(kernel, stats["gram"]):
+            raise ValueError("gqsa factorises on the host, so that its arrays cannot be traced by jax.jit")
         group = pattern.shape[0]
         means = saliency(kernel, stats["gram"], damping).reshape(-1, group, kernel.shape[1]).mean(1)
         keep = select(means, sparsity, Unstructured(), scope)
@@ -149,7 +160,7 @@ def gqsa(
 def _look(stream: Stream, part: str, tree, pruning: Layerwise, sparsity: float, pattern: Block):
     """The block, its layers, their masks, and its batches of inputs with the dense outputs."""
     block = stream.block(part)
-    found = stream.layers(block, tree)
+    found = stream.layers[part]
     for path, layer in found.items():
         if len(layer.shape) != 2:
             raise ValueError(f"gqsa cannot do experts, and {part}/{path} has {layer.shape[0]}")
