@@ -8,9 +8,11 @@ N:M patterns run along the inputs, axis -2. A layer-wise method is a function of
 and `sparsejax.compress.prune_layers` takes it through a model block by block. Other methods see the whole model.
 """
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +40,8 @@ class Layerwise(NamedTuple):
         exactly 0 outside the mask, and at sparsity 0 it is the given one. `sparsity` and `pattern` are static.
       patterns: classes of patterns that it can do.
       host: whether a part of it runs on the host, so that `prune` cannot be traced by `jax.jit`.
+      rules: {shell pattern on paths in a block: method}, for layers that `prune_layers` gives to another method; the
+        most specific pattern wins. None: no layer.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Layerwise(NamedTuple):
     prune: Callable
     patterns: tuple[type, ...] = (Unstructured, NM, Block)
     host: bool = False
+    rules: Mapping[str, "Layerwise"] | None = None
 
 
 class Whole(NamedTuple):
@@ -77,6 +82,26 @@ class Compressed(NamedTuple):
 
 class CompressionWarning(UserWarning):
     """A layer was compressed, but not as asked (`prune_layers` puts the layer's name before the sentence)."""
+
+
+_findings: ContextVar[dict | None] = ContextVar("findings", default=None)
+
+
+def note(**numbers: float) -> None:
+    """Adds findings to the report of the layer that `prune_layers` is at; those of its experts are summed."""
+    found = _findings.get()
+    if found is not None:
+        found.update({name: found.get(name, 0) + number for name, number in numbers.items()})
+
+
+@contextlib.contextmanager
+def collect():
+    """Gives the dict to which `note` adds inside the context."""
+    token = _findings.set({})
+    try:
+        yield _findings.get()
+    finally:
+        _findings.reset(token)
 
 
 def warn(sentence: str) -> None:

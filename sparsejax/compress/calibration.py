@@ -26,6 +26,7 @@ from sparsejax.compress.base import (
     CompressionWarning,
     Layerwise,
     check_pattern,
+    collect,
     layer_budget,
     warn,
 )
@@ -123,7 +124,7 @@ def prune_layers(
       a model that does not fit into memory do not either). The report has "method", "pattern", "propagate",
       "sequences", "length", "sparsity" (reached, over all layers) and "layers": for each its "sparsity", "density",
       "error", which is ||X (W - W')|| / ||X W|| over the first batch of its inputs X before the block was
-      compressed, and "notes", the sentences of warnings about it.
+      compressed, "notes", the sentences of warnings about it, and what the method itself notes.
 
     Raises:
       ValueError: before any work for a sparsity, pattern, allocation or tokens that cannot be; naming the layer, for
@@ -196,6 +197,11 @@ class _Runner:
             raise ValueError(
                 f"{type(self.model).__name__} has no linear layer in its blocks ({', '.join(stream.blocks)})"
             )
+        for rule in self.method.rules or ():
+            if not any(matches(name.partition("/")[2], (rule,)) for name in shapes):
+                raise ValueError(
+                    f"rule {rule!r} of {self.method.name} matches no layer (layers: {', '.join(list(shapes)[:8])} ...)"
+                )
         budgets = _allocated(allocation, shapes, self.sparsity)
         for name, shape in shapes.items():
             try:
@@ -217,10 +223,12 @@ class _Runner:
             name = f"{part}/{path}"
             bar.set_postfix_str(path)
             *above, key = path.split("/")
-            kernel, mask, notes = self.layer(name, _node(old, above)[key], stats[layer.source])
+            with collect() as noted:
+                kernel, mask, notes = self.layer(name, _node(old, above)[key], stats[layer.source])
             _node(new, above)[key], _node(masks, above)[key] = kernel, mask
             density = _kept(mask) / mask.size
             report[name] = {"sparsity": 1 - density, "density": density, "size": mask.size, "notes": notes}
+            report[name] |= noted
             if last[layer.source] == path:
                 del stats[layer.source]
         for path, error in stream.errors(block, old, new, layers).items():
@@ -237,22 +245,25 @@ class _Runner:
                     f"the inputs of {name} are not finite (their {entry}); the model's activations overflow"
                 )
         with _naming(name) as notes:
-            new, mask = self._prune(jnp.asarray(kernel).astype(jnp.float32), stats, self.budgets[name])
+            new, mask = self._prune(name, jnp.asarray(kernel).astype(jnp.float32), stats)
         new = jnp.where(mask, new, 0).astype(kernel.dtype)
         if isinstance(kernel, jax.Array):
             new, mask = jax.device_put(new, kernel.sharding), jax.device_put(mask, kernel.sharding)
         return new, mask, notes
 
-    def _prune(self, kernel, stats, sparsity):
+    def _prune(self, name: str, kernel, stats):
+        rules = self.method.rules or {}
+        rule = best_rule(name.partition("/")[2], rules)
+        method, sparsity = self.method if rule is None else rules[rule], self.budgets[name]
         if kernel.ndim == 2:
-            return self.method.prune(kernel, stats, sparsity, self.pattern)
+            return method.prune(kernel, stats, sparsity, self.pattern)
         pairs = []
         for index, matrix in enumerate(kernel):
             own = jax.tree.map(lambda x, index=index: x[index], stats)
             if not own["count"]:
                 warn(f"expert {index} saw no calibration token; its inputs are taken as uncorrelated")
                 own = statistics.isotropic(own)
-            pairs.append(self.method.prune(matrix, own, sparsity, self.pattern))
+            pairs.append(method.prune(matrix, own, sparsity, self.pattern))
         return tuple(jnp.stack(arrays) for arrays in zip(*pairs, strict=True))
 
 

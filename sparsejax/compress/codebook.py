@@ -79,7 +79,7 @@ def kmeans(
     if mask is not None and dim > 1:
         raise ValueError(f"a codebook of vectors (dim={dim}) cannot leave out single weights")
     weights = jnp.ones(vectors.shape[:2]) if mask is None else _by_book(mask, books)
-    values = _lloyd(vectors, weights, _start(vectors, weights, codewords, seed), iterations)
+    values = _lloyd(vectors, weights, jax.random.key(seed), codewords, iterations)
     return Codebook(values, nearest(values, kernel))
 
 
@@ -109,7 +109,7 @@ def _by_book(mask, books: int):
     return grouped.reshape(books, -1).astype(jnp.float32)
 
 
-def _start(vectors, weights, codewords: int, seed: int):
+def _start(vectors, weights, key, codewords: int):
     """The first codewords `(books, codewords, dim)`."""
     if vectors.shape[-1] == 1:
         kept = jnp.sum(weights, axis=1)[:, None]
@@ -117,14 +117,16 @@ def _start(vectors, weights, codewords: int, seed: int):
         ranks = jnp.floor((jnp.arange(codewords) + 0.5) / codewords * kept).astype(jnp.int32)
         found = jnp.take_along_axis(order, ranks, axis=1)[..., None]
         return jnp.where(jnp.isfinite(found), found, 0.0)
-    keys = jax.random.split(jax.random.key(seed), len(vectors))
+    keys = jax.random.split(key, len(vectors))
     return jax.vmap(lambda key, rows: jax.random.choice(key, rows, (codewords,), replace=False))(
         keys, vectors
     )
 
 
-@jax.jit(static_argnums=3)
-def _lloyd(vectors, weights, values, iterations: int):
+@jax.jit(static_argnums=(3, 4))
+def _lloyd(vectors, weights, key, codewords: int, iterations: int):
+    """The codewords `(books, codewords, dim)` of vectors `(books, n, dim)` with weights `(books, n)`."""
+
     def book(vectors, weights, values):
         def step(_, values):
             # |v - c|^2 without the |v|^2 that all codewords share
@@ -138,4 +140,5 @@ def _lloyd(vectors, weights, values, iterations: int):
 
         return lax.fori_loop(0, iterations, step, values)
 
-    return lax.map(lambda leaves: book(*leaves), (vectors, weights, values))
+    start = _start(vectors, weights, key, codewords)
+    return lax.map(lambda leaves: book(*leaves), (vectors, weights, start))

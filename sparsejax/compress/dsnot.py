@@ -18,7 +18,7 @@ error would change its sign, is finished. Scores are never computed again.
 Departures. eps is the mean over tokens; the paper's is the sum over a sequence, 2048 tokens long, in which units
 `threshold` is. The released code takes 50 cycles, which are 1.2% of 4096 inputs but most of the kept weights of a
 narrow layer, where they do harm: the default here is that share of the inputs, and `cycles=50` is the paper's.
-Released settings adjust attention layers only: `layers` of `sparsejax.compress.prune_layers` can do that. For N:M a
+Released settings adjust attention layers only, `skip="mlp/*"`; the default is all layers. For N:M a
 swap that would not bring |eps_r| down is passed over. A variance of zero is raised to 1e-6 of the mean variance.
 
 Where the first method changes the weights it keeps (SparseGPT), those values stay, W^; weights that are grown come
@@ -26,13 +26,14 @@ back with their dense value, and eps_r = sum over all j of (W_jr - W^_jr) mu_j, 
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sparsejax.compress.base import Layerwise, layer_budget, masked
+from sparsejax.compress.base import Layerwise, is_traced, layer_budget, masked, note
 from sparsejax.compress.wanda import scores, wanda
 from sparsejax.patterns import NM, Unstructured
 
@@ -64,6 +65,7 @@ def dsnot(
     threshold: float = 0.1,
     same_sign: bool = False,
     power: float = 1.0,
+    skip: str | Iterable[str] = (),
 ) -> Layerwise:
     """Swaps weights after another method until the mean error of every output is small.
 
@@ -73,6 +75,11 @@ def dsnot(
       threshold: an output is finished when its |eps|, times 2048 tokens, is at most this.
       same_sign: also finish an output before its error changes its sign. N:M always does.
       power: of the variance in what is grown first; 0 takes the largest mean contribution.
+      skip: shell patterns on paths in a block, as "mlp/*": layers that `prune_layers` leaves to the initial method.
+
+    Returns:
+      The method. With `prune_layers` the report of a layer has "expected_error_before" and "expected_error_after",
+      the sums of |eps| over outputs, in means over tokens, and "swaps".
 
     Raises:
       ValueError: for cycles or a threshold below 0, and when it prunes, for patterns of blocks.
@@ -100,16 +107,24 @@ def dsnot(
             same_sign=same_sign,
             power=power,
         )
+        if not is_traced(refined.mask):
+            note(
+                expected_error_before=float(jnp.abs(refined.before).sum()),
+                expected_error_after=float(jnp.abs(refined.after).sum()),
+                swaps=int(refined.swaps.sum()),
+            )
         return refined.kernel, refined.mask
 
     needs = tuple(dict.fromkeys((*initial.needs, "mean", "square", "within")))
-    return Layerwise(f"{initial.name}+dsnot", needs, prune, allowed, initial.host)
+    rules = dict.fromkeys((skip,) if isinstance(skip, str) else skip, initial)
+    return Layerwise(f"{initial.name}+dsnot", needs, prune, allowed, initial.host, rules)
 
 
+@partial(jax.jit, static_argnames=("pattern", "cycles", "threshold", "same_sign", "power"))
 def refine(
     kernel, pruned, mask, stats, pattern, *, cycles=None, threshold=0.1, same_sign=False, power=1.0
 ) -> Refined:
-    """The swaps for one layer; jit-able.
+    """The swaps for one layer.
 
     Args:
       kernel: the dense one, `(in, out)`.
@@ -157,7 +172,6 @@ class _State(NamedTuple):
     swaps: jnp.ndarray
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _swap(parts: _Parts, cycles: int, threshold: float, same_sign: bool, group: int | None):
     """The mask `(in, out)`, eps and counts of swaps after at most `cycles` of them in every output."""
     d, order, score, initial = (leaf.T for leaf in parts[:4])

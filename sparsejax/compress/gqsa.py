@@ -21,11 +21,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from sparsejax.compress.base import SCOPES, Compressed, Layerwise, Whole, layer_budget, masked, select
+from sparsejax.compress.base import (
+    SCOPES,
+    Compressed,
+    Layerwise,
+    Whole,
+    is_traced,
+    layer_budget,
+    masked,
+    select,
+)
 from sparsejax.compress.gqsa_stages import bqpo, e2e_oqp, kernels_of
 from sparsejax.compress.quantise import Quantised
 from sparsejax.compress.sparsegpt import inverse_factor
@@ -55,6 +65,8 @@ def group_pruning(*, scope: str = "layer", damping: float = 0.01) -> Layerwise:
             )
         if sparsity == 0:
             return kernel, jnp.ones(kernel.shape, bool)
+        if is_traced(kernel, stats["gram"]):
+            raise ValueError("gqsa factorises on the host, so that its arrays cannot be traced by jax.jit")
         group = pattern.shape[0]
         means = saliency(kernel, stats["gram"], damping).reshape(-1, group, kernel.shape[1]).mean(1)
         keep = select(means, sparsity, Unstructured(), scope)
@@ -107,8 +119,9 @@ def gqsa(
       seed: of the order of batches.
 
     Returns:
-      A `Whole`. Its report has "sparsity", "layers", "blocks" ({block: the losses of stage 1}) and "losses" (of
-      stage 2), both before the first epoch and after each.
+      A `Whole`. Its report has "sparsity", "layers" (of each its "sparsity", "density", and after stage 1 the "error"
+      of `sparsejax.compress.prune_layers`), "blocks" ({block: the losses of stage 1}) and "losses" (of stage 2), both
+      before the first epoch and after each.
 
     Raises:
       ValueError: for settings out of range; when it runs, for patterns other than `block:Gx1`, for experts, and as
@@ -122,19 +135,22 @@ def gqsa(
     def run(model, params, tokens, sparsity, pattern=None, *, progress=None):
         sparsity, pattern = layer_budget("gqsa", sparsity, pattern or "block:16x1", pruning.patterns)
         stream, trees, layers, losses = Stream(model, params, tokens, batch), {}, {}, {}
+        errors = {}
         with tqdm(stream.blocks, disable=None if progress is None else not progress, unit="block") as bar:
             for part in bar:
-                block, masks, batches = _look(stream, part, params[part], pruning, sparsity, pattern)
+                block, found, masks, batches = _look(stream, part, params[part], pruning, sparsity, pattern)
                 size = dict(bits=bits, group=pattern.shape[0])
                 trained = bqpo(_Apply(block), params[part], masks, batches, **size, **rates)
                 trees[part], losses[part] = trained.params, trained.losses
                 layers |= {f"{part}/{path}": layer for path, layer in trained.layers.items()}
+                off = stream.errors(block, params[part], trained.params, found)
+                errors |= {f"{part}/{path}": error for path, error in off.items()}
                 stream.hidden = stream.run(block, trained.params)
         whole = {part: trees.get(part, params[part]) for part in model.parts()}
         sequences = [stream.tokens[i : i + batch] for i in range(0, len(stream.tokens), batch)]
         rate = dict(scale_rate=tune_rate, zero_rate=10 * tune_rate, epochs=epochs, seed=seed)
         tuned = e2e_oqp(_NextToken(model), whole, layers, sequences, **rate)
-        report = _report(tuned.layers, bits, pattern) | {"blocks": losses, "losses": tuned.losses}
+        report = _report(tuned.layers, errors, bits, pattern) | {"blocks": losses, "losses": tuned.losses}
         new = pack(tuned.params, tuned.layers) if packed else tuned.params
         return Compressed(model, new, _masks(tuned), report)
 
@@ -142,7 +158,7 @@ def gqsa(
 
 
 def _look(stream: Stream, part: str, tree, pruning: Layerwise, sparsity: float, pattern: Block):
-    """The block, the masks of its layers, and its batches of inputs with the dense outputs."""
+    """The block, its layers, their masks, and its batches of inputs with the dense outputs."""
     block = stream.block(part)
     found = stream.layers[part]
     for path, layer in found.items():
@@ -156,9 +172,9 @@ def _look(stream: Stream, part: str, tree, pruning: Layerwise, sparsity: float, 
     batches, start = [], 0
     for inputs in stream.batches():
         end = start + len(inputs[0])
-        batches.append((inputs, targets[start:end]))
+        batches.append((jax.device_get(inputs), targets[start:end]))  # they wait on the host
         start = end
-    return block, masks, batches
+    return block, found, masks, batches
 
 
 def _masks(trained):
@@ -191,7 +207,7 @@ class _NextToken:
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
-def _report(layers: Mapping[str, Quantised], bits: int, pattern: Block) -> dict:
+def _report(layers: Mapping[str, Quantised], errors: Mapping[str, float], bits: int, pattern: Block) -> dict:
     kept = {name: int(layer.mask.sum()) for name, layer in layers.items()}
     size = sum(layer.mask.size for layer in layers.values())
     return {
@@ -200,7 +216,11 @@ def _report(layers: Mapping[str, Quantised], bits: int, pattern: Block) -> dict:
         "bits": bits,
         "sparsity": 1 - sum(kept.values()) / size,
         "layers": {
-            name: {"sparsity": 1 - kept[name] / layer.mask.size, "density": kept[name] / layer.mask.size}
+            name: {
+                "sparsity": 1 - kept[name] / layer.mask.size,
+                "density": kept[name] / layer.mask.size,
+                "error": errors[name],
+            }
             for name, layer in layers.items()
         },
     }

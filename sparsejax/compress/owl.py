@@ -99,7 +99,7 @@ def block_sparsities(
 ) -> dict[str, float]:
     """1 - density_l of every block, see the module; errors as in `owl`."""
     result = {}
-    for name, shift in _shifts(blocks, 2 * width).items():
+    for name, shift in _shifts(blocks, width, 2.0).items():
         result[name] = max(sparsity - shift, LEAST) if sparsity else 0.0
         if result[name] >= 1:
             raise ValueError(
@@ -111,7 +111,7 @@ def block_sparsities(
 def group_sparsities(blocks: Mapping[str, Outliers], pattern: NM, width: float = 2.0) -> dict[str, float]:
     """What N:M drops of every block, see the module, as a share of M; errors as in `owl`."""
     result = {}
-    for name, shift in _shifts(blocks, width).items():
+    for name, shift in _shifts(blocks, width, 1.0).items():
         drops = max(pattern.m - pattern.n - round(shift), 0)
         if drops >= pattern.m:
             raise ValueError(
@@ -121,13 +121,13 @@ def group_sparsities(blocks: Mapping[str, Outliers], pattern: NM, width: float =
     return result
 
 
-def _shifts(blocks: Mapping[str, Outliers], full: float) -> dict[str, float]:
-    """r_l - mean(r) with a range of `full`."""
-    if not full >= 0:
-        raise ValueError(f"width of owl must be at least 0, got {full!r}")
+def _shifts(blocks: Mapping[str, Outliers], width: float, factor: float) -> dict[str, float]:
+    """r_l - mean(r) with a range of `factor * width`."""
+    if not width >= 0:
+        raise ValueError(f"width of owl must be at least 0, got {width!r}")
     ratios = np.array([block.ratio for block in blocks.values()])
     spread = ratios.max() - ratios.min()
-    shares = full * (ratios - ratios.min()) / (spread if spread > 0 else 1.0)
+    shares = factor * width * (ratios - ratios.min()) / (spread if spread > 0 else 1.0)
     mean = np.average(shares, weights=[block.size for block in blocks.values()])
     return {name: float(share - mean) for name, share in zip(blocks, shares, strict=True)}
 

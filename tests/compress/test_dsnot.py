@@ -7,8 +7,11 @@ import pytest
 
 from sparsejax.compress import statistics
 from sparsejax.compress.base import Layerwise
+from sparsejax.compress.calibration import prune_layers
 from sparsejax.compress.dsnot import SEQUENCE, dsnot, refine
 from sparsejax.compress.wanda import wanda
+from sparsejax.masks import flatten
+from sparsejax.models import Transformer
 from sparsejax.patterns import NM, Unstructured, parse
 
 NEEDS = ("mean", "square", "within")
@@ -64,9 +67,16 @@ def by_hand(kernel, pruned, mask, stats, cycles, threshold, same_sign, group):
     return mask, before, np.asarray(after)
 
 
-@pytest.mark.parametrize("same_sign", [False, True])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8"])
-@pytest.mark.parametrize("cycles", [1, 3, 40])
+@pytest.mark.parametrize(
+    ("pattern", "cycles", "same_sign"),
+    [
+        ("unstructured", 1, False),
+        ("unstructured", 40, False),
+        ("unstructured", 40, True),
+        ("2:4", 40, False),
+        ("4:8", 3, False),
+    ],
+)
 def test_equals_the_plain_loop(pattern, cycles, same_sign):
     pattern = parse(pattern)
     group = pattern.m if isinstance(pattern, NM) else None
@@ -172,6 +182,27 @@ def test_a_first_method_that_changes_weights_keeps_what_it_changed():
     np.testing.assert_allclose(np.asarray(found)[stayed], 1.2 * np.asarray(kernel)[stayed], rtol=1e-6)
     result = refine(kernel, *doubled(kernel, stats, 0.5, "unstructured"), stats, Unstructured(), cycles=4)
     np.testing.assert_allclose((kernel - found).T @ stats["mean"], result.after, atol=1e-4)
+
+
+def test_skipped_layers_are_left_to_the_initial_method_and_errors_are_reported():
+    model = Transformer(classes=11, depth=1, width=16, heads=2, mlp_ratio=2, max_length=8)
+    tokens = np.random.default_rng(0).integers(0, 11, (4, 8))
+    params = model.init(jax.random.key(0), jnp.asarray(tokens))["params"]
+    results = [
+        prune_layers(method, model, params, tokens, 0.5, progress=False)
+        for method in (wanda(), dsnot(cycles=4, threshold=0.0, skip="mlp/*"))
+    ]
+    layers = results[1].report["layers"]
+    for name, mask in flatten(results[1].masks).items():
+        if name in layers:
+            same = bool(jnp.all(mask == flatten(results[0].masks)[name]))
+            assert same == ("mlp" in name or layers[name]["swaps"] == 0)
+            assert ("expected_error_before" in layers[name]) == ("mlp" not in name)
+    query = layers["block_0/attention/query/kernel"]
+    assert query["swaps"] > 0 and query["expected_error_after"] < query["expected_error_before"]
+    assert "swaps" not in results[0].report["layers"]["block_0/attention/query/kernel"]
+    with pytest.raises(ValueError, match=r"rule 'ffn/\*' of wanda\+dsnot matches no layer"):
+        prune_layers(dsnot(skip=("ffn/*",)), model, params, tokens, 0.5)
 
 
 def test_bad_input():
