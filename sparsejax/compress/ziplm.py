@@ -149,6 +149,11 @@ def ziplm(
             table = latency or measure_latency(model, sizes, *where, repeats=repeats)
             times = [[time_of(table, key, size) for size in sizes[key]] for key in units]
             budget = table["dense"] / speedup - table["rest"]
+            if budget <= 0:
+                raise ValueError(
+                    f"a speed-up of {speedup} leaves no time for the blocks, because the rest takes {table['rest']:g} of "
+                    f"{table['dense']:g} milliseconds"
+                )
         database = _Database(model, params, tokens, units, sizes, damping, batch, progress)
         objective = _Stitched(model, params, np.asarray(tokens)[:sequences], database, sizes, batch)
         search = spdy_search(

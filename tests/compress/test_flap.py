@@ -80,7 +80,7 @@ def test_constant_channels_go_first_and_nothing_changes():
     for i in (0, 1):
         params[f"block_{i}"]["mlp"]["up"]["kernel"][:, :40] = 0
         params[f"block_{i}"]["mlp"]["up"]["bias"][:40] = np.abs(RANDOM.normal(size=40)) + 0.5
-    found = flap(structures=("channels",)).run(
+    found = flap(structures=("channels",), allocation="UL-UM").run(
         GPT, params, TOKENS, 80 * 32 / linear_weights(params, 2), progress=False
     )
     assert found.model.layers[0]["hidden"] == found.model.layers[1]["hidden"] == 24

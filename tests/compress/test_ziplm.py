@@ -87,8 +87,8 @@ def test_measured_times():
     )
     assert found["dense"] == pytest.approx(dense)
     assert time_models({"a": MODEL}, 1, 4, repeats=1)["a"] > 0
-    done = ziplm(speedup=1.2, repeats=3, **FAST).run(MODEL, PARAMS, TOKENS, None, progress=False)
-    assert done.report["predicted"] >= 1.2 * 0.999 and done.report["latency"]["sequences"] == 6
+    done = ziplm(speedup=1.01, repeats=3, **FAST).run(MODEL, PARAMS, TOKENS, None, progress=False)
+    assert done.report["predicted"] >= 1.01 * 0.999 and done.report["latency"]["sequences"] == 6
 
 
 def test_distillation_loss():
@@ -130,7 +130,7 @@ def test_distillation_loss():
             lambda: ziplm(speedup=20, latency=table(), **FAST).run(
                 MODEL, PARAMS, TOKENS, None, progress=False
             ),
-            "the budget must be positive, got -0.7",
+            "a speed-up of 20 leaves no time for the blocks, because the rest takes 2 of 26 milliseconds",
         ),
         (
             lambda: distillation_loss(
