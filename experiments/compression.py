@@ -48,13 +48,11 @@ ABOUT = (
 
 
 def base() -> ml_collections.ConfigDict:
-    """What tables start from: the decoder of `configs/stdlib_decoder.py` at half its width, and its calibration."""
-    config = stdlib_decoder.get_config()
-    config.model.width, config.model.hidden = 128, 352
+    """What tables start from: the decoder of `configs/stdlib_decoder.py`, and text to calibrate it."""
     return ml_collections.ConfigDict(
         {
             "seed": 0,
-            "decoder": config.to_dict(),
+            "decoder": stdlib_decoder.get_config().to_dict(),
             "method": "dense",
             "options": {},
             "sparsity": ml_collections.config_dict.placeholder(float),
