@@ -11,6 +11,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from pallas_kernels.meshes import vary
+
 
 def independent(function, rule: str, axes: str, merge=None):
     """`function`, mapped and sharded along its independent axes without a look inside.
@@ -35,7 +37,8 @@ def independent(function, rule: str, axes: str, merge=None):
 
     @custom_vmap
     def mapped(*args):
-        return (sharded if _partitioner_asks() else function)(*args)
+        outs = (sharded if _partitioner_asks() else function)(*args)
+        return tuple(vary(out, *args) for out in outs)  # which the partitioner's function forgets
 
     @mapped.def_vmap
     def _(size, is_mapped, *args):

@@ -38,23 +38,36 @@ def module(op, implementation):
     return importlib.import_module(f"pallas_kernels.{op}.{implementation}")
 
 
-def gpu_reason(*generations):
-    """Why kernels written for some generations of NVIDIA GPUs cannot run on the default device, or None.
+def gpu_reason(*generations, at=None):
+    """Why kernels written for some generations of NVIDIA GPUs cannot run, or None.
 
     Args:
       *generations: major compute capabilities, 9 for Hopper.
+      at: an operand; kernels run on its device.
     """
-    if jax.default_backend() != "gpu":
-        return f"it needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}"
-    found = getattr(jax.local_devices()[0], "compute_capability", "none")
+    platform, device = _where(at)
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and JAX runs on {platform}"
+    found = getattr(device, "compute_capability", "none")
     if found.split(".")[0] in map(str, generations):
         return None
     wanted = " or ".join(f"{generation}.x" for generation in generations)
     return f"it needs a GPU of compute capability {wanted}, and this one has {found}"
 
 
-def tpu_reason():
-    """Why kernels written for TPUs cannot run on the default device, or None."""
-    if jax.default_backend() == "tpu":
-        return None
-    return f"it needs a TPU, and JAX runs on {jax.default_backend()}"
+def tpu_reason(*, at=None):
+    """Why kernels written for TPUs cannot run, or None; `at` as in `gpu_reason`."""
+    platform = _where(at)[0]
+    return None if platform == "tpu" else f"it needs a TPU, and JAX runs on {platform}"
+
+
+def _where(at):
+    """The platform and device of an operation: of the operand where it is bound to one, else JAX's default."""
+    device = jax.config.jax_default_device
+    if isinstance(at, jax.Array) and not isinstance(at, jax.core.Tracer) and at.committed:
+        device = min(at.devices(), key=lambda each: each.id)
+    if device is None:
+        return jax.default_backend(), jax.local_devices()[0]
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return device.platform, device

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.meshes import vary
+
 
 def fold_rows(counts, init, step, elements: int):
     """Folds over the list of every row: row r takes `counts[r]` steps from `init(r)`.
@@ -12,7 +14,7 @@ def fold_rows(counts, init, step, elements: int):
     the cost follows the sum of the counts, not rows times the largest.
 
     Args:
-      counts: (rows,) integers.
+      counts: (rows,) integers; inside `jax.shard_map` they vary where anything in `step` does.
       init: row indices (chunk,) -> state, a tree of arrays with the chunk as first axis.
       step: (t, row indices, state) -> state. Must leave the state of a row alone if t >= counts[row].
       elements: size of one row's largest intermediate array, from which the size of a chunk is chosen.
@@ -29,7 +31,8 @@ def fold_rows(counts, init, step, elements: int):
 
     def one_chunk(_, members):
         steps = counts[members].max()
-        return None, lax.fori_loop(0, steps, lambda t, state: step(t, members, state), init(members))
+        state = jax.tree.map(lambda x: vary(x, counts), init(members))
+        return None, lax.fori_loop(0, steps, lambda t, state: step(t, members, state), state)
 
     states = lax.scan(one_chunk, None, padded)[1]
     back = jnp.argsort(order)  # where each row went

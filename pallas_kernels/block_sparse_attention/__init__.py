@@ -12,11 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch
 from pallas_kernels.batching import independent
 from pallas_kernels.block_sparse_attention import reference
 from pallas_kernels.lists import BlockLists, block_lists
+from pallas_kernels.meshes import on_mesh
 
 __all__ = ["BlockLists", "block_lists", "block_sparse_attention"]
 
@@ -75,17 +77,26 @@ def block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     config = Config(block_q, block_k, bool(causal), scale, None if soft_cap is None else float(soft_cap))
     blocks = (-(-q.shape[1] // block_q), -(-k.shape[1] // block_k))
-    mask = jnp.broadcast_to(block_mask, (q.shape[0], q.shape[2], *blocks))
     name = dispatch.pick(OP, implementation, reasons(q, config))
-    if name == "reference":
-        out, lse = reference.attention(q, k, v, mask, config)
-    else:
+
+    def run(q, k, v, block_mask):
+        mask = jnp.broadcast_to(block_mask, (q.shape[0], q.shape[2], *blocks))
+        if name == "reference":
+            return reference.attention(q, k, v, mask, config)
         groups = k.shape[2], q.shape[2] // k.shape[2]
         out, lse = _attention(
             q.reshape(*q.shape[:2], *groups, -1), k, v, mask.reshape(-1, *groups, *blocks), config, name
         )
-        out, lse = out.reshape(q.shape), lse.reshape(lse.shape[0], -1, lse.shape[-1])
+        return out.reshape(q.shape), lse.reshape(lse.shape[0], -1, lse.shape[-1])
+
+    out, lse = on_mesh(run, _specs, q, k, v, block_mask)
     return (out, lse) if return_lse else out
+
+
+def _specs(q, *others):
+    """Output and log-sum-exp are sharded along the sequences and heads of q."""
+    del others
+    return PartitionSpec(q[0], None, q[2], None), PartitionSpec(q[0], q[2], None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -126,8 +137,8 @@ def _kernels(config, name):
 def reasons(q, config):
     """{implementation: why it cannot run here, or None}, best first."""
     return {
-        "pallas_gpu": dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").reason(q, config),
-        "pallas_tpu": dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").reason(q, config),
+        "pallas_gpu": dispatch.gpu_reason(9, at=q) or dispatch.module(OP, "pallas_gpu").reason(q, config),
+        "pallas_tpu": dispatch.tpu_reason(at=q) or dispatch.module(OP, "pallas_tpu").reason(q, config),
         "xla": None,
         "reference": None,
     }

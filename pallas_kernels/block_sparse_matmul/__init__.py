@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.meshes import like_rows, on_mesh
 from pallas_kernels.rows import call
 
 OP = "block_sparse_matmul"
@@ -40,11 +41,14 @@ def block_sparse_matmul(x, blocks, indices, *, rows: int, implementation: str | 
     if x.ndim < 1 or x.shape[-1] != rows:
         raise ValueError(f"x must end with the weight's {rows} rows, but its shape is {x.shape}")
     dtype = jnp.result_type(x, blocks)
-    flat = x.reshape(-1, rows).astype(dtype)
-    blocks = blocks.astype(dtype)
-    name = dispatch.pick(OP, implementation, product_reasons(flat.shape[0], blocks))
-    y = product(flat, blocks, indices, rows, name)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def run(x, blocks, indices):
+        flat, stored = x.reshape(-1, rows).astype(dtype), blocks.astype(dtype)
+        name = dispatch.pick(OP, implementation, product_reasons(flat, stored))
+        y = product(flat, stored, indices, rows, name)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return on_mesh(run, like_rows, x, blocks, indices)
 
 
 def check_blocks(blocks, indices, rows: int):
@@ -63,13 +67,13 @@ def check_blocks(blocks, indices, rows: int):
         raise ValueError(f"rows must be divisible by the blocks' {blocks.shape[2]} rows, got {rows}")
 
 
-def product_reasons(batch: int, blocks, transposed: bool = False):
+def product_reasons(x, blocks, transposed: bool = False):
     """{implementation: why it cannot multiply with these blocks here, or None}, best first."""
     return {
-        "pallas_gpu": dispatch.gpu_reason(9)
-        or dispatch.module(OP, "pallas_gpu").reason(batch, blocks.shape, blocks.dtype, transposed),
-        "pallas_tpu": dispatch.tpu_reason()
-        or dispatch.module(OP, "pallas_tpu").reason(batch, blocks.shape, blocks.dtype, transposed),
+        "pallas_gpu": dispatch.gpu_reason(9, at=x)
+        or dispatch.module(OP, "pallas_gpu").reason(x.shape[0], blocks.shape, blocks.dtype, transposed),
+        "pallas_tpu": dispatch.tpu_reason(at=x)
+        or dispatch.module(OP, "pallas_tpu").reason(x.shape[0], blocks.shape, blocks.dtype, transposed),
         "xla": None,
         "reference": None,
     }
@@ -78,7 +82,7 @@ def product_reasons(batch: int, blocks, transposed: bool = False):
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(x, blocks, indices, rows: int, implementation: str | None = None):
     """`x @ W`: `(M, rows)` to `(M, N)`."""
-    name = dispatch.prefer(implementation, product_reasons(x.shape[0], blocks))
+    name = dispatch.prefer(implementation, product_reasons(x, blocks))
     matmul = dispatch.module(OP, name).matmul
     return call(name, lambda *args: matmul(*args, rows), "mk clij cl -> mn", x, blocks, indices)
 
@@ -86,7 +90,7 @@ def product(x, blocks, indices, rows: int, implementation: str | None = None):
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def transposed(g, blocks, indices, rows: int, implementation: str | None = None):
     """`g @ W.T`: `(M, N)` to `(M, rows)`."""
-    name = dispatch.prefer(implementation, product_reasons(g.shape[0], blocks, transposed=True))
+    name = dispatch.prefer(implementation, product_reasons(g, blocks, transposed=True))
     matmul = dispatch.module(OP, name).matmul_transposed
     return call(name, lambda *args: matmul(*args, rows), "mn clij cl -> mk", g, blocks, indices)
 
@@ -102,9 +106,9 @@ def sampled(x, g, indices, block: tuple[int, int], implementation: str | None = 
 def sampled_reasons(x, block: tuple[int, int]):
     """{implementation: why it cannot sample blocks here, or None}, best first."""
     return {
-        "pallas_gpu": dispatch.gpu_reason(9)
+        "pallas_gpu": dispatch.gpu_reason(9, at=x)
         or dispatch.module("sampled_matmul", "pallas_gpu").block_reason(block, x.dtype),
-        "pallas_tpu": dispatch.tpu_reason()
+        "pallas_tpu": dispatch.tpu_reason(at=x)
         or dispatch.module("sampled_matmul", "pallas_tpu").block_reason(block, x.dtype),
         "xla": None,
         "reference": None,

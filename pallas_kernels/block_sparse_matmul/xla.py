@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_sparse_matmul.schedule import schedule
+from pallas_kernels.meshes import vary
 
 # Elements of an operand per chunk. Small enough for the products to be in cache when they are added up.
 CHUNK = 2**17
@@ -64,7 +65,7 @@ def _products(x, blocks, plan, targets: int, equation: str):
         return y.at[to].add(product, mode="drop")
 
     y = jnp.zeros((batch, targets * outer) if wide else (targets, batch, outer), jnp.float32)
-    y = lax.fori_loop(0, (total + chunk - 1) // chunk, one_chunk, y)
+    y = lax.fori_loop(0, (total + chunk - 1) // chunk, one_chunk, vary(y, x, blocks, total))
     return (y if wide else y.swapaxes(0, 1).reshape(batch, targets * outer)).astype(x.dtype)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.meshes import like_rows, on_mesh
 
 OP = "csr_matmul"
 
@@ -39,9 +40,13 @@ def csr_matmul(x, data, indices, indptr, *, implementation: str | None = None):
     dtype = jnp.result_type(x, data)
     wide = jnp.promote_types(dtype, jnp.float32)
     name = dispatch.pick(OP, implementation, {"xla": None, "reference": None})
-    flat = x.reshape(-1, x.shape[-1]).astype(wide)
-    y = _product(flat, data.astype(wide), indices.astype(jnp.int32), indptr.astype(jnp.int32), name)
-    return y.astype(dtype).reshape(*x.shape[:-1], y.shape[1])
+
+    def run(x, data, indices, indptr):
+        flat = x.reshape(-1, x.shape[-1]).astype(wide)
+        y = _product(flat, data.astype(wide), indices.astype(jnp.int32), indptr.astype(jnp.int32), name)
+        return y.astype(dtype).reshape(*x.shape[:-1], y.shape[1])
+
+    return on_mesh(run, like_rows, x, data, indices, indptr)
 
 
 def _check(x, data, indices, indptr):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.meshes import like_rows, on_mesh
 from pallas_kernels.nm_matmul.layout import index_bytes
 from pallas_kernels.rows import call
 
@@ -32,9 +33,13 @@ def nm_matmul(x, values, indices, *, n: int, m: int, implementation: str | None 
     x, values, indices = (jnp.asarray(array) for array in (x, values, indices))
     _check(x, values, indices, n, m)
     dtype = jnp.result_type(x, values)
-    flat, values = x.reshape(-1, x.shape[-1]).astype(dtype), values.astype(dtype)
-    name = dispatch.pick(OP, implementation, _reasons(flat, values, n, m))
-    return _product(flat, values, indices, n, m, name).reshape(*x.shape[:-1], values.shape[1])
+
+    def run(x, values, indices):
+        flat, values = x.reshape(-1, x.shape[-1]).astype(dtype), values.astype(dtype)
+        name = dispatch.pick(OP, implementation, _reasons(flat, values, n, m))
+        return _product(flat, values, indices, n, m, name).reshape(*x.shape[:-1], values.shape[1])
+
+    return on_mesh(run, like_rows, x, values, indices)
 
 
 def _check(x, values, indices, n, m):
@@ -56,10 +61,10 @@ def _check(x, values, indices, n, m):
 
 def _reasons(x, values, n, m):
     shapes = (x.shape, values.shape, x.dtype, n, m)
-    generation = dispatch.gpu_reason(9, 10)
+    generation = dispatch.gpu_reason(9, 10, at=x)
     gpu = generation or dispatch.module(OP, "pallas_gpu").reason(*shapes)
-    triton = dispatch.gpu_reason(8, 9, 10, 12) or dispatch.module(OP, "triton").reason(*shapes)
-    tpu = dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").reason(*shapes)
+    triton = dispatch.gpu_reason(8, 9, 10, 12, at=x) or dispatch.module(OP, "triton").reason(*shapes)
+    tpu = dispatch.tpu_reason(at=x) or dispatch.module(OP, "pallas_tpu").reason(*shapes)
     kernels = {"pallas_gpu": gpu, "triton": triton, "pallas_tpu": tpu}
     plain = {"xla": None, "reference": None}
     # Blackwell's kernel has not been run by anybody, and must be named.

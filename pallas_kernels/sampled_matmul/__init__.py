@@ -8,10 +8,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_sparse_matmul import sampled as sampled_blocks
 from pallas_kernels.block_sparse_matmul import sampled_reasons
+from pallas_kernels.meshes import on_mesh
 from pallas_kernels.rows import call
 
 OP = "sampled_matmul"
@@ -41,8 +43,12 @@ def sampled_matmul(a, b, rows, cols, *, implementation: str | None = None):
     if not all(jnp.issubdtype(array.dtype, jnp.integer) for array in (rows, cols)):
         raise ValueError(f"rows and cols must be integers, got {rows.dtype} and {cols.dtype}")
     dtype = jnp.result_type(a, b)
-    a, b = a.astype(dtype), b.astype(dtype)
-    return _sampled(a, b, rows, cols, dispatch.pick(OP, implementation, _reasons(a, b)))
+
+    def run(a, b, rows, cols):
+        a, b = a.astype(dtype), b.astype(dtype)
+        return _sampled(a, b, rows, cols, dispatch.pick(OP, implementation, _reasons(a, b)))
+
+    return on_mesh(run, lambda *specs: specs[2], a, b, rows, cols)
 
 
 def block_sampled_matmul(a, b, indices, block: tuple[int, int], *, implementation: str | None = None):
@@ -75,10 +81,13 @@ def block_sampled_matmul(a, b, indices, block: tuple[int, int], *, implementatio
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices must be integers, got {indices.dtype}")
     dtype = jnp.result_type(a, b)
-    x, g = a.T.astype(dtype), b.astype(dtype)
-    reasons = sampled_reasons(x, block)
-    name = dispatch.pick("block_sampled_matmul", implementation, reasons)
-    return sampled_blocks(x, g, indices, block, name)
+
+    def run(a, b, indices):
+        x, g = a.T.astype(dtype), b.astype(dtype)
+        name = dispatch.pick("block_sampled_matmul", implementation, sampled_reasons(x, block))
+        return sampled_blocks(x, g, indices, block, name)
+
+    return on_mesh(run, lambda *specs: PartitionSpec(*specs[2], None, None), a, b, indices)
 
 
 def _check_factors(a, b):
@@ -92,9 +101,9 @@ def _check_factors(a, b):
 
 def _reasons(a, b):
     return {
-        "pallas_gpu": dispatch.gpu_reason(9)
+        "pallas_gpu": dispatch.gpu_reason(9, at=a)
         or dispatch.module(OP, "pallas_gpu").reason(a.shape, b.shape, a.dtype),
-        "pallas_tpu": dispatch.tpu_reason()
+        "pallas_tpu": dispatch.tpu_reason(at=a)
         or dispatch.module(OP, "pallas_tpu").reason(a.shape, b.shape, a.dtype),
         "xla": None,
         "reference": None,

@@ -9,6 +9,7 @@ from jax import lax
 
 from pallas_kernels.block_sparse_matmul.schedule import schedule
 from pallas_kernels.block_sparse_matmul.xla import chunk_size, gather_blocks, pad
+from pallas_kernels.meshes import vary
 
 DENSE = 32
 
@@ -46,7 +47,8 @@ def scattered_matmul(values, rows, cols, b, height: int):
         value, row, col = entries
         return y.at[row].add(value[:, None].astype(y.dtype) * b[col], mode="drop"), None
 
-    y, _ = lax.scan(one_chunk, jnp.zeros((height, b.shape[1]), jnp.float32), tuple(chunks))
+    y = vary(jnp.zeros((height, b.shape[1]), jnp.float32), values, b)
+    y, _ = lax.scan(one_chunk, y, tuple(chunks))
     return y.astype(b.dtype)
 
 
@@ -68,7 +70,7 @@ def block_sampled(x, g, indices, block: tuple[int, int]):
         )
         return out.at[at].set(blocks.astype(out.dtype), mode="drop")
 
-    out = jnp.zeros((slots, *block), x.dtype)
+    out = vary(jnp.zeros((slots, *block), x.dtype), x, g)
     out = lax.fori_loop(0, (plan.starts[-1] + chunk - 1) // chunk, one_chunk, out)
     return out.reshape(*indices.shape, *block)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.batching import independent
+from pallas_kernels.meshes import like_rows, on_mesh
 
 __all__ = ["softmax"]
 
@@ -40,13 +41,13 @@ def softmax(x, *, implementation: str | None = None):
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x is {x.dtype}; it must be bfloat16, float16 or float32")
     reasons = {
-        "pallas_gpu": dispatch.gpu_reason(9, 10, 12),
-        "pallas_tpu": dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").reason(x),
+        "pallas_gpu": dispatch.gpu_reason(9, 10, 12, at=x),
+        "pallas_tpu": dispatch.tpu_reason(at=x) or dispatch.module(OP, "pallas_tpu").reason(x),
         "xla": None,
         "reference": None,
     }
     name = dispatch.pick(OP, implementation, reasons)
-    return _softmax(jnp.atleast_2d(x), name).reshape(x.shape)
+    return on_mesh(lambda x: _softmax(jnp.atleast_2d(x), name).reshape(x.shape), like_rows, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -10,8 +10,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch
+from pallas_kernels.meshes import on_mesh
 from pallas_kernels.sparse_conv.geometry import as_pair, lengths, pads_of
 from pallas_kernels.sparse_conv.pack import pack_pattern, pack_pointwise
 
@@ -50,12 +52,16 @@ def sparse_conv(
     strides = as_pair("strides", strides)
     pads = pads_of(x.shape, (1, 1), strides, padding)
     dtype = jnp.result_type(x, values)
-    x = jnp.pad(x.astype(dtype), ((0, 0), *pads, (0, 0)))[:, :: strides[0], :: strides[1]]
-    values = jnp.where((indices >= 0)[..., None], values, 0).astype(dtype)
-    pixels = x.reshape(-1, x.shape[-1]).T
-    name = dispatch.pick(OP, implementation, _pointwise_reasons(pixels.shape, values.shape, dtype))
-    y = _pointwise(pixels, values, indices, name)[:features]
-    return y.T.reshape(*x.shape[:3], features)
+
+    def run(x, values, indices):
+        padded = jnp.pad(x.astype(dtype), ((0, 0), *pads, (0, 0)))[:, :: strides[0], :: strides[1]]
+        values = jnp.where((indices >= 0)[..., None], values, 0).astype(dtype)
+        pixels = padded.reshape(-1, x.shape[-1]).T
+        reasons = _reasons(x, "pointwise", pixels.shape, values.shape, dtype)
+        y = _pointwise(pixels, values, indices, dispatch.pick(OP, implementation, reasons))[:features]
+        return y.T.reshape(*padded.shape[:3], features)
+
+    return on_mesh(run, _spec, x, values, indices)
 
 
 def pattern_conv(
@@ -101,15 +107,24 @@ def pattern_conv(
     kernel_size, strides = as_pair("kernel_size", kernel_size), as_pair("strides", strides)
     pads = pads_of(x.shape, kernel_size, strides, padding)
     dtype = jnp.result_type(x, values)
-    x = jnp.pad(x.astype(dtype), ((0, 0), *pads, (0, 0)))
-    values = jnp.where((positions >= 0)[..., None, None], values, 0).astype(dtype)
-    name = dispatch.pick(
-        OP, implementation, _pattern_reasons(x.shape, values.shape, kernel_size, strides, dtype)
-    )
-    y = _pattern(x, values, positions, kernel_size, strides, name)
-    found = jnp.where(channels < 0, features, channels).reshape(-1)
-    source = jnp.full(features, found.size).at[found].set(jnp.arange(found.size), mode="drop")
-    return y.at[..., source].get(mode="fill", fill_value=0)
+
+    def run(x, values, positions, channels):
+        padded = jnp.pad(x.astype(dtype), ((0, 0), *pads, (0, 0)))
+        values = jnp.where((positions >= 0)[..., None, None], values, 0).astype(dtype)
+        reasons = _reasons(x, "pattern", padded.shape, values.shape, kernel_size, strides, dtype)
+        name = dispatch.pick(OP, implementation, reasons)
+        y = _pattern(padded, values, positions, kernel_size, strides, name)
+        found = jnp.where(channels < 0, features, channels).reshape(-1)
+        source = jnp.full(features, found.size).at[found].set(jnp.arange(found.size), mode="drop")
+        return y.at[..., source].get(mode="fill", fill_value=0)
+
+    return on_mesh(run, _spec, x, values, positions, channels)
+
+
+def _spec(x, *others):
+    """The result is sharded along the images of x."""
+    del others
+    return PartitionSpec(x[0], None, None, None)
 
 
 def _check_input(x, values, name, ndim, axes):
@@ -128,17 +143,12 @@ def _check_indices(name, indices, shape):
         )
 
 
-def _pointwise_reasons(pixels, values, dtype):
+def _reasons(x, kind: str, *about):
+    """{implementation: why it cannot convolve here, or None}, best first, for the "pointwise" or "pattern" kernel."""
+    kernels = {"pallas_gpu": dispatch.gpu_reason(9, at=x), "pallas_tpu": dispatch.tpu_reason(at=x)}
     return {
-        name: reason or dispatch.module(OP, name).pointwise_reason(pixels, values, dtype)
-        for name, reason in (("pallas_gpu", dispatch.gpu_reason(9)), ("pallas_tpu", dispatch.tpu_reason()))
-    } | {"xla": None, "reference": None}
-
-
-def _pattern_reasons(x, values, kernel_size, strides, dtype):
-    return {
-        name: reason or dispatch.module(OP, name).pattern_reason(x, values, kernel_size, strides, dtype)
-        for name, reason in (("pallas_gpu", dispatch.gpu_reason(9)), ("pallas_tpu", dispatch.tpu_reason()))
+        name: reason or getattr(dispatch.module(OP, name), f"{kind}_reason")(*about)
+        for name, reason in kernels.items()
     } | {"xla": None, "reference": None}
 
 

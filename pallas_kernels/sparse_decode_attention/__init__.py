@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch, triton_call
 from pallas_kernels.batching import independent
+from pallas_kernels.meshes import on_mesh
 from pallas_kernels.sparse_decode_attention import reference, xla
 from pallas_kernels.sparse_decode_attention.packed import Packed, pack, unpack
 
@@ -58,15 +60,18 @@ def paged(q, k_pages, v_pages, page_table, lengths, *, scale=None, soft_cap=None
         jnp.asarray(x) for x in (q, k_pages, v_pages, page_table, lengths)
     )
     _check_paged(q, k_pages, v_pages, page_table, lengths, soft_cap)
-    groups = k_pages.shape[2]
-    table = page_table if page_table.ndim == 3 else page_table[:, None]
-    table = jnp.broadcast_to(table, (q.shape[0], groups, table.shape[-1]))
     config = _config(q, scale, soft_cap)
     name = dispatch.pick(f"{OP}.paged", implementation, paged_reasons(q, k_pages))
-    out, lse = _paged(
-        q.reshape(q.shape[0], groups, -1, q.shape[-1]), k_pages, v_pages, table, lengths, config, name
-    )
-    return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+    def run(q, k_pages, v_pages, table, lengths):
+        groups = k_pages.shape[2]
+        table = table if table.ndim == 3 else table[:, None]
+        table = jnp.broadcast_to(table, (q.shape[0], groups, table.shape[-1]))
+        grouped = q.reshape(q.shape[0], groups, -1, q.shape[-1])
+        out, lse = _paged(grouped, k_pages, v_pages, table, lengths, config, name)
+        return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+    return on_mesh(run, _specs, q, k_pages, v_pages, page_table, lengths)
 
 
 def bitmap(q, keys: Packed, values: Packed, lengths, *, scale=None, soft_cap=None, implementation=None):
@@ -93,9 +98,20 @@ def bitmap(q, keys: Packed, values: Packed, lengths, *, scale=None, soft_cap=Non
     _check_bitmap(q, keys, values, lengths, soft_cap)
     lengths = jnp.minimum(lengths, keys.values.shape[2])
     name = dispatch.pick(f"{OP}.bitmap", implementation, bitmap_reasons(q, keys, values))
-    grouped = q.reshape(q.shape[0], keys.values.shape[1], -1, q.shape[-1])
-    out, lse = _bitmap(grouped, *keys, *values, lengths, _config(q, scale, soft_cap), name)
-    return out.reshape(q.shape), lse.reshape(q.shape[:2])
+    config = _config(q, scale, soft_cap)
+
+    def run(q, *cache):
+        grouped = q.reshape(q.shape[0], cache[0].shape[1], -1, q.shape[-1])
+        out, lse = _bitmap(grouped, *cache, config, name)
+        return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+    return on_mesh(run, _specs, q, *keys, *values, lengths)
+
+
+def _specs(q, *others):
+    """Output and log-sum-exp are sharded along the sequences and heads of q."""
+    del others
+    return PartitionSpec(*q[:2], None), PartitionSpec(*q[:2])
 
 
 def merge(outs, lses):
@@ -185,8 +201,9 @@ def _bitmap_kernel(config, name):
 def paged_reasons(q, k_pages):
     """{implementation: why it cannot run here, or None}, best first."""
     return {
-        "pallas_gpu": dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").paged_reason(q, k_pages),
-        "pallas_tpu": dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").paged_reason(q, k_pages),
+        "pallas_gpu": dispatch.gpu_reason(9, at=q)
+        or dispatch.module(OP, "pallas_gpu").paged_reason(q, k_pages),
+        "pallas_tpu": dispatch.tpu_reason(at=q) or dispatch.module(OP, "pallas_tpu").paged_reason(q, k_pages),
         "xla": None,
         "reference": None,
     }
@@ -195,9 +212,9 @@ def paged_reasons(q, k_pages):
 def bitmap_reasons(q, keys, values):
     """{implementation: why it cannot run here, or None}, best first."""
     cache = keys.values.shape, values.values.shape
-    gpu = dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").bitmap_reason(q, *cache)
-    triton = dispatch.gpu_reason(8, 9, 10, 12) or triton_call.reason()
-    tpu = dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").bitmap_reason(q)
+    gpu = dispatch.gpu_reason(9, at=q) or dispatch.module(OP, "pallas_gpu").bitmap_reason(q, *cache)
+    triton = dispatch.gpu_reason(8, 9, 10, 12, at=q) or triton_call.reason()
+    tpu = dispatch.tpu_reason(at=q) or dispatch.module(OP, "pallas_tpu").bitmap_reason(q)
     return {"pallas_gpu": gpu, "triton": triton, "pallas_tpu": tpu, "xla": None, "reference": None}
 
 

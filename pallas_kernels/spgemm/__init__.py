@@ -13,8 +13,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch
+from pallas_kernels.meshes import on_mesh
 from pallas_kernels.spgemm.symbolic import SpgemmPlan, coordinates, spgemm_plan
 
 __all__ = ["SpgemmPlan", "spgemm", "spgemm_plan"]
@@ -53,12 +55,15 @@ def spgemm(a, b, *, columns: int, plan=None, capacity=None, products=None, imple
     if plan.indptr.shape != a[2].shape:
         raise ValueError(f"the plan must be for {rows} rows, but it is for {plan.indptr.size - 1}")
     dtype = jnp.result_type(a[0], b[0])
-    places = tuple(coordinates(*each) for each in (a[1:], b[1:], (plan.indices, plan.indptr)))
-    lists = plan.left, plan.right, plan.target
     sizes = rows, inner, columns
-    name = dispatch.pick(OP, implementation, _reasons(sizes, dtype, lists))
-    x, y = (jnp.asarray(each[0], dtype) for each in (a, b))
-    data = _product(x, y, places, lists, sizes, name)
+    name = dispatch.pick(OP, implementation, _reasons(sizes, dtype, plan.left, at=a[0]))
+
+    def run(x, y, *arrays):
+        *indices, left, right, target = arrays
+        places = tuple(coordinates(*indices[i : i + 2]) for i in (0, 2, 4))
+        return _product(x.astype(dtype), y.astype(dtype), places, (left, right, target), sizes, name)
+
+    data = on_mesh(run, lambda *_: PartitionSpec(None), a[0], b[0], *a[1:], *b[1:], *plan)
     return data, plan.indices, plan.indptr
 
 
@@ -83,17 +88,17 @@ def check_csr(name: str, matrix):
         )
 
 
-def _reasons(sizes, dtype, lists):
+def _reasons(sizes, dtype, products, at=None):
     """{implementation: why it cannot multiply matrices of these sizes here, or None}, best first.
 
     A plan with a list of products is for matrices so sparse that XLA's gathers beat dense tiles.
     """
     kernels = {
-        "pallas_gpu": dispatch.gpu_reason(9) or dispatch.module(OP, "pallas_gpu").reason(sizes, dtype),
-        "pallas_tpu": dispatch.tpu_reason() or dispatch.module(OP, "pallas_tpu").reason(sizes, dtype),
+        "pallas_gpu": dispatch.gpu_reason(9, at=at) or dispatch.module(OP, "pallas_gpu").reason(sizes, dtype),
+        "pallas_tpu": dispatch.tpu_reason(at=at) or dispatch.module(OP, "pallas_tpu").reason(sizes, dtype),
     }
     plain = {"xla": None, "reference": None}
-    return plain | kernels if lists[0].size else kernels | plain
+    return plain | kernels if products.size else kernels | plain
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -106,7 +111,7 @@ def _product(x, y, places, lists, sizes: tuple[int, int, int], implementation: s
       lists: for each product of two entries where its factors and its sum are; empty if there is no list.
       sizes: `(m, k, n)`.
     """
-    name = dispatch.prefer(implementation, _reasons(sizes, x.dtype, lists))
+    name = dispatch.prefer(implementation, _reasons(sizes, x.dtype, lists[0]))
     return dispatch.module(OP, name).product(x, y, places, lists, sizes)
 
 

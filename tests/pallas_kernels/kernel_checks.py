@@ -31,7 +31,7 @@ def running(implementation, monkeypatch=None):
         pytest.skip("JAX before 0.11 has no interpreter of Mosaic GPU kernels")
     if monkeypatch is not None:
         reasons = {"pallas_gpu": "gpu_reason", "pallas_tpu": "tpu_reason"}
-        monkeypatch.setattr(dispatch, reasons[implementation], lambda *generations: None)
+        monkeypatch.setattr(dispatch, reasons[implementation], lambda *generations, **at: None)
     interpreter = (
         plgpu.force_gpu_interpret_mode if implementation == "pallas_gpu" else pltpu.force_tpu_interpret_mode
     )

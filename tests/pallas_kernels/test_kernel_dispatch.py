@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from kernel_checks import assert_prints_same
 
@@ -47,6 +48,17 @@ def test_reasons_of_gpus(backend, capability, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert dispatch.gpu_reason(9, 10) == expected
+
+
+def test_kernels_are_for_the_device_of_the_operand_or_the_default_one(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda **_: [types.SimpleNamespace(compute_capability="9.0")])
+    (cpu,) = jnp.zeros(()).devices()
+    assert dispatch.gpu_reason(9, at=jnp.zeros(())) is dispatch.gpu_reason(9) is None
+    expected = "it needs an NVIDIA GPU, and JAX runs on cpu"
+    assert dispatch.gpu_reason(9, at=jax.device_put(jnp.zeros(()), cpu)) == expected
+    with jax.default_device(cpu):
+        assert dispatch.gpu_reason(9) == dispatch.gpu_reason(9, at=jnp.zeros(())) == expected
 
 
 def test_reasons_of_tpus(monkeypatch):
@@ -109,7 +121,16 @@ assert "all-gather" not in product.lower(x).compile().as_text() and product(x).s
 """
 
 
-@pytest.mark.parametrize("program", [SHARDED, SHARDED_KERNELS + ROWS_STAY], ids=["xla", "kernels"])
+# The axes of such a mesh are explicit.
+MADE = 'jax.make_mesh((4, 2), ("data", "model"))'
+SHARDED_EXPLICIT = SHARDED.replace('Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))', MADE)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [SHARDED, SHARDED_EXPLICIT, SHARDED_KERNELS + ROWS_STAY],
+    ids=["xla", "explicit axes", "kernels"],
+)
 def test_sharded_equals_unsharded(program):
     flags = "--xla_force_host_platform_device_count=8"
     assert_prints_same(program + "print('same')", XLA_FLAGS=flags, JAX_PLATFORMS="cpu")

@@ -201,8 +201,8 @@ def test_kernels_under_vmap(monkeypatch):
 @pytest.mark.parametrize("weights", [(), (3,)])
 def test_kernels_lower_under_vmap(name, weights, monkeypatch):
     # JAX's interpreter of TPU kernels has no mapped ones.
-    monkeypatch.setattr(dispatch, "gpu_reason", lambda *generations: None)
-    monkeypatch.setattr(dispatch, "tpu_reason", lambda: None)
+    monkeypatch.setattr(dispatch, "gpu_reason", lambda *generations, **at: None)
+    monkeypatch.setattr(dispatch, "tpu_reason", lambda **at: None)
 
     def product(x, values, indices):
         return pallas_kernels.nm_matmul(x, values, indices, n=2, m=4, implementation=name)
@@ -228,7 +228,7 @@ def test_blackwells_sparse_tensor_cores_lower(batch, monkeypatch):
 
 def test_blackwells_kernel_must_be_named(monkeypatch):
     package = sys.modules["pallas_kernels.nm_matmul"]
-    monkeypatch.setattr(dispatch, "gpu_reason", lambda *generations: None)
+    monkeypatch.setattr(dispatch, "gpu_reason", lambda *generations, **at: None)
     monkeypatch.setattr(
         dispatch, "module", lambda *_: types.SimpleNamespace(reason=lambda *_: None, is_blackwell=here.pop)
     )
