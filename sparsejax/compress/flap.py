@@ -79,7 +79,7 @@ def flap(
       allocation: one of `ALLOCATIONS`.
       compensate: whether the removed inputs' mean becomes a bias of `out` and `down` (the model gets one if it
         has none).
-      heads: head groups that AL-MM removes; None for the same share as of the channels.
+      heads: head groups that AL-MM removes; None for at most the same share as of the channels.
       structures: what may be removed: "heads", "channels" or both.
       batch: sequences that go through a block at once.
 
@@ -137,13 +137,15 @@ def _allocate(allocation, found, units, sparsity, total, heads) -> dict:
     groups = {key: entry for key, entry in units.items() if key[1] == "attention"}
     channels = {key: entry for key, entry in units.items() if key[1] == "mlp"}
     count = sum(entry.count for entry in groups.values())
-    gone = round(share * count) if heads is None else heads
+    gone = int(share * count) if heads is None else heads
     if gone > count:
         raise ValueError(f"flap cannot remove {gone} head groups of {count}")
-    flat = best(np.concatenate([found[key] for key in groups] or [[]]), count - gone)
-    splits = np.cumsum([entry.count for entry in groups.values()])[:-1]
-    kept = dict(zip(groups, np.split(flat, splits), strict=True))
-    removed = sum(int((~kept[key]).sum()) * groups[key].weight for key in groups)
+    kept = {}
+    if groups:
+        flat = best(np.concatenate([found[key] for key in groups]), count - gone)
+        splits = np.cumsum([entry.count for entry in groups.values()])[:-1]
+        kept = dict(zip(groups, np.split(flat, splits), strict=True))
+    removed = sum(int((~kept[key]).sum()) * entry.weight for key, entry in groups.items())
     left = sum(entry.count * entry.weight for entry in channels.values())
     budget = left - (sparsity * total - removed)
     if channels and not 0 <= budget <= left:

@@ -202,7 +202,8 @@ def remove(
 
     Returns:
       `Compressed`. The report has "method", "asked", "sparsity" (reached), "weights" and "kept" (of the blocks'
-      kernels), "biases" (entries that came into being), "sequences", "length" and "layers": for each
+      kernels), "biases" (entries of `out` and `down`'s
+      that came into being, less those that went), "sequences", "length" and "layers": for each
       `block_i/attention` and `block_i/mlp` the "units" and how many of them are "kept", "size" (weights before),
       "density", "sparsity", and "error": ||X (W - W')|| / ||X W|| of `out` or `down` with the inputs X of the dense
       model, first batch, without biases.

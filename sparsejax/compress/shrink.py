@@ -70,7 +70,7 @@ def shrink(
     sizes, orphans = [], []
     for i in range(model.depth):
         own = {kind: blocks[i] for kind, blocks in asked.items() if i in blocks}
-        size, parts[f"block_{i}"], lost = _shrink_block(model, i, params[f"block_{i}"], **own)
+        size, parts[f"block_{i}"], lost = _shrink_block(model, i, parts[f"block_{i}"], **own)
         sizes.append(size)
         orphans += [(i, sub, bias) for sub, bias in lost.items() if np.any(np.asarray(bias))]
     for i, sub, bias in orphans:

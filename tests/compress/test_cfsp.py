@@ -60,6 +60,11 @@ def test_densities_follow_the_sigmoid_of_summed_angles():
     np.testing.assert_allclose(densities(values, 0.6), z / z.mean() * 0.4)
 
 
+def test_densities_that_would_exceed_one_shrink_towards_their_mean():
+    found = densities([0.0, 1.0], 0.1)
+    assert found.max() == pytest.approx(0.9 + 0.1 / 1.05) and found.mean() == pytest.approx(0.9)
+
+
 def test_in_the_released_criterion_the_weights_cancel():
     down, up, gate = RANDOM.normal(size=(9, 5)), RANDOM.normal(size=(5, 9)), RANDOM.normal(size=(5, 9))
     square = RANDOM.uniform(size=9)

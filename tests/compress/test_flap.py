@@ -98,6 +98,7 @@ def test_separate_pools_remove_as_many_heads_as_asked():
     assert sum(kept) == 5 and abs(found.report["sparsity"] - 0.3) * found.report["weights"] <= 16
 
 
+@pytest.mark.slow
 def test_a_bias_without_a_place_keeps_a_head_of_the_first_block():
     model = Transformer(
         classes=31,

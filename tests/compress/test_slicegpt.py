@@ -37,7 +37,10 @@ def logits(model, params):
     return jax.jit(model.apply)({"params": params}, TOKENS)
 
 
-@pytest.mark.parametrize("keywords", [GPT, LLAMA, GPT | {"bias": ("key", "down"), "tied": False}])
+@pytest.mark.parametrize(
+    "keywords",
+    [GPT, LLAMA, pytest.param(GPT | {"bias": ("key", "down"), "tied": False}, marks=pytest.mark.slow)],
+)
 def test_folded_norms_and_the_whole_width_change_nothing(keywords):
     model = Transformer(**keywords)
     params = noisy(model)
@@ -84,6 +87,7 @@ def test_what_is_lost_is_the_sum_of_the_trailing_eigenvalues():
     assert sites["block_0/norm_0"]["lost"] == pytest.approx(values[10:].sum() / values.sum(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_each_pca_sees_what_was_sliced_before():
     model = Transformer(**LLAMA | {"depth": 1})
     params = noisy(model)
@@ -100,6 +104,7 @@ def test_each_pca_sees_what_was_sliced_before():
     assert less["block_0"]["shortcut_0"].shape == (8, 8) and small.layers[0]["stream"] == (8, 8, 8)
 
 
+@pytest.mark.slow
 def test_orientations_agree_and_pca_loses_less_than_the_others():
     model = Transformer(**GPT)
     params = noisy(model)

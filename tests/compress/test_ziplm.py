@@ -64,6 +64,7 @@ def test_a_speedup_of_one_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, same.params, PARAMS)
 
 
+@pytest.mark.slow
 def test_times_decide_what_goes():
     free = ziplm(speedup=1.5, latency=table(attention=(0.0,) * 5), repeats=1, **FAST)
     found = free.run(MODEL, PARAMS, TOKENS, None, progress=False).report["choice"]
