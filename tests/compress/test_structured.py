@@ -53,7 +53,9 @@ PARAMS = {GPT: noisy(GPT), LLAMA: noisy(LLAMA)}
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model", [GPT, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(GPT, id="gpt", marks=pytest.mark.slow), pytest.param(LLAMA, id="llama")]
+)
 def test_contract(name, model):
     params = PARAMS[model]
     same = METHODS[name].run(model, params, TOKENS, 0, progress=False)
