@@ -21,16 +21,7 @@ from sparsejax.models.layers import block_options, check_model, frozen
 POOLS = ("first", "mean")
 
 
-class Bias(nn.MaskedParams):
-    """x + `bias`."""
-
-    @linen.compact
-    def __call__(self, x):
-        """Arrays of the shape of `x`."""
-        return x + self.param("bias", zeros, x.shape[-1:]).astype(x.dtype)
-
-
-class Encoder(linen.Module):
+class Encoder(nn.MaskedParams):
     """Outputs for every token, or with `pool` for every sequence.
 
     Attributes:
@@ -55,7 +46,7 @@ class Encoder(linen.Module):
         of all tokens but the padding.
       pooler: whether tanh(dense(x)) comes after the pool.
       tied: whether the logits are those of BERT's masked tokens: products of norm(act(dense(x))), the layers
-        `transform` and `transform_norm`, with the embedding of the tokens, and a bias.
+        `transform` and `transform_norm`, with the embedding of the tokens, plus `head_bias`.
       layers: as in `Transformer`, without experts and streams.
 
     Raises:
@@ -129,7 +120,6 @@ class Encoder(linen.Module):
                 dense(self.width, "transform"),
                 layer_norm("transform_norm"),
             )
-            self._head = Bias(name="head")
         elif self.classes:
             self._head = dense(self.classes, "head")
 
@@ -164,6 +154,7 @@ class Encoder(linen.Module):
             places = jnp.where(mask, jnp.cumsum(mask, axis=1), 0) + self.position_offset - 1
         return self._embed_norm(x + self._positions(places).astype(x.dtype))
 
+    @linen.compact  # for `head_bias`, which `start` must not need
     def finish(self, x, mask=None):
         """float32 outputs for hidden states; needs what `parts` names after the last block, `embed` if tied.
 
@@ -176,7 +167,7 @@ class Encoder(linen.Module):
             x = jnp.tanh(self._pooler(x))
         if self.tied:
             x = self._transform_norm(ACTIVATIONS[self.activation](self._transform(x)))
-            x = self._head(self._embed.attend(x))
+            x = self._embed.attend(x) + self.param("head_bias", zeros, (self.classes,)).astype(x.dtype)
         elif self.classes:
             x = self._head(x)
         return x.astype(jnp.float32)
@@ -208,8 +199,8 @@ class Encoder(linen.Module):
         )
         last = ("pooler",) if self.pooler else ()
         if self.tied:
-            last += ("transform", "transform_norm")
-        if self.classes:
+            last += ("transform", "transform_norm", "head_bias")
+        elif self.classes:
             last += ("head",)
         return (*first, *(f"block_{i}" for i in range(self.depth)), *last)
 

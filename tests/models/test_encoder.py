@@ -90,7 +90,7 @@ def test_heads_are_their_formulas():
     x = numpy_models.gelu(numpy_models.affine(p["transform"], reference(params)))
     x = numpy_models.layer_norm(p["transform_norm"], x, 1e-12)
     out = run(model, params, types=TYPES, mask=MASK)
-    np.testing.assert_allclose(out, x @ p["embed"]["embedding"].T + p["head"]["bias"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(out, x @ p["embed"]["embedding"].T + p["head_bias"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
