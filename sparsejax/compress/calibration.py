@@ -205,10 +205,13 @@ class _Runner:
         budgets = _allocated(allocation, shapes, self.sparsity)
         for name, shape in shapes.items():
             try:
-                _, pattern = layer_budget(self.method.name, budgets[name], self.pattern, self.method.patterns)
+                share, pattern = layer_budget(
+                    self.method.name, budgets[name], self.pattern, self.method.patterns
+                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            pattern.check(name, shape[-2:])
+            if share:
+                pattern.check(name, shape[-2:])
         return budgets
 
     def block(self, stream: Stream, part: str, bar):

@@ -62,9 +62,10 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | N
 
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         sparsity, pattern = layer_budget("sparsegpt", sparsity, pattern)
-        pattern.check("the kernel", kernel.shape)
         if sparsity == 0 and quantise is None:
             return kernel, jnp.ones(kernel.shape, bool)
+        if sparsity:
+            pattern.check("the kernel", kernel.shape)
         if is_traced(kernel, stats["gram"]):
             raise ValueError(
                 "sparsegpt factorises on the host, so that its arrays cannot be traced by jax.jit"
@@ -130,7 +131,11 @@ def inverse_factor(gram, damping: float = 0.01):
 
 def _width(block: int, inputs: int, pattern: Pattern) -> int:
     """Inputs per block of the sweep: a multiple of the pattern's side, at most all of them."""
-    side = pattern.m if isinstance(pattern, NM) else pattern.shape[-2] if isinstance(pattern, Block) else 1
+    side = 1
+    if isinstance(pattern, NM):
+        side = pattern.m
+    elif isinstance(pattern, Block) and len(pattern.shape) > 1:
+        side = pattern.shape[-2]
     return min(-(-block // side) * side, inputs)
 
 
