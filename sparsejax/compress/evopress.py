@@ -263,7 +263,7 @@ class _Layers:
     def finish(self, genome):
         """(model, params, masks, report) of a genome."""
         database, index = self.database, np.array(genome) - self.plan.lower
-        params = stitch(self.params, database.stacks, database.units, index)
+        params = jax.jit(lambda assemble, genome: assemble(genome))(self.assemble, np.array(genome))
         report = {"units": dict(zip(self.space.names, genome, strict=True))}
         if self.plan.dropped is None:
             return self.model, params, masks_lib.dense_masks(params), {**report, "sparsity": 0.0}
