@@ -39,8 +39,9 @@ RMS = {
 
 def model_of(seed=0, **keywords):
     model = Transformer(11, depth=2, width=12, heads=2, hidden=10, max_length=6).clone(**{**RMS, **keywords})
-    params = jax.jit(model.init)(jax.random.key(seed), TOKENS[:1])["params"]
-    return model, disturbed(params, seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:1])["params"]
+    ones = jax.tree.map(lambda x: np.ones(x.shape) if len(x.shape) == 1 else np.zeros(x.shape), shapes)
+    return model, disturbed(ones, seed)
 
 
 def start(model, params, rank=3, lora_rank=2):
@@ -58,7 +59,7 @@ def disturbed(trained, seed=1):
     rng = np.random.default_rng(seed)
 
     def move(x):
-        return jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(np.float32))
+        return jnp.asarray(np.asarray(x, np.float32) + 0.3 * rng.normal(size=x.shape).astype(np.float32))
 
     return jax.tree.map(move, trained)
 
