@@ -118,7 +118,7 @@ def search(
       path: a JSON file that holds the state after every generation, written atomically; a search whose file
         exists goes on from there. None keeps nothing.
       settings: what else the file must agree with (JSON-able).
-      progress: whether to show a bar.
+      progress: whether to show a bar; None: if stderr is a terminal.
 
     Raises:
       ValueError: for stages that keep other than one at last, or a file of another search.

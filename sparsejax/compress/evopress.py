@@ -99,8 +99,8 @@ def evopress(
       folder: holds `search.json`, the state after every generation; the same call goes on from there. None keeps none.
 
     The report has "search", "sparsity" (reached: dropped weights over those of the linear layers), "units" {name: level,
-    bits, or whether it is dropped}, "fitness" {"start", "found"} on one minibatch of the last stage's size, and
-    "history", one record per generation.
+    bits, or whether it is dropped}, "fitness" {"start" (all equal; of depth, the first sub-blocks dropped), "found"} on
+    as many sequences as the last stage has, and "history", one record per generation.
 
     Raises:
       ValueError: for an unknown search, fitness or number out of its range; when it runs, for a pattern other than
@@ -115,6 +115,13 @@ def evopress(
             raise ValueError(f"{name} of evopress must be at least 1, got {value}")
     if search == "bits" and not widths[0] <= bits <= widths[1]:
         raise ValueError(f"bits={bits} must lie in widths={widths[0]} to {widths[1]}")
+    if method is not None and (search == "depth" or isinstance(method, Layerwise) != (search == "sparsity")):
+        kinds = {
+            "sparsity": "a Layerwise",
+            "bits": "a function of bits that gives a Layerwise",
+            "depth": "None",
+        }
+        raise ValueError(f"the method of a search over {search} must be {kinds[search]}, got {method!r}")
     usual = _DEFAULTS[search]
     generations = usual[0] if generations is None else generations
     offspring, stages = offspring or usual[1], stages or usual[2]
@@ -134,16 +141,16 @@ def evopress(
         if search == "depth":
             problem = _Depth(model, params, target)
         else:
-
-            def plan(smallest):
-                if search == "bits":
-                    return _bits_plan(method, bits, widths)
-                return _sparsity_plan(method, target, levels, smallest)
-
+            plan = partial(_sparsity_plan, method, target, levels)
+            if search == "bits":
+                plan = partial(_bits_plan, method, bits, widths)
             problem = _Layers(model, params, tokens, plan, propagate, batch, progress)
         steps = problem.generations if generations is None else generations
         loss = Loss(model, params, tokens, problem.assemble, fitness, top, batch)
         rounds = [evolution.Stage(survivors, max(1, n // tokens.shape[1])) for survivors, n in stages]
+        settings = {"search": search, "sparsity": target, "fitness": fitness, "top": top}
+        if folder is not None:
+            settings["data"] = _digest(params, tokens)
         found = evolution.search(
             problem.space,
             problem.start,
@@ -156,12 +163,7 @@ def evopress(
             starts=starts if search == "depth" else 0,
             seed=seed,
             path=None if folder is None else Path(folder) / FILE,
-            settings={
-                "search": search,
-                "sparsity": target,
-                "fitness": fitness,
-                "data": _digest(params, tokens),
-            },
+            settings=settings,
             progress=progress,
         )
         sample = np.arange(min(rounds[-1].sequences, len(tokens)))
@@ -210,7 +212,8 @@ def _sparsity_plan(method, sparsity: float, levels: int, smallest: int) -> _Plan
     return _Plan(variants, counts, -levels, 0, lambda shape: 0)
 
 
-def _bits_plan(method, bits: int, widths: tuple[int, int]) -> _Plan:
+def _bits_plan(method, bits: int, widths: tuple[int, int], smallest: int) -> _Plan:
+    del smallest
     method = method or (lambda bits: rtn(bits=bits))
     variants = [(method(number), 0.0) for number in range(widths[0], widths[1] + 1)]
     return _Plan(lambda shape: variants, None, widths[0], bits, math.prod)
@@ -263,7 +266,7 @@ class _Layers:
     def finish(self, genome):
         """(model, params, masks, report) of a genome."""
         database, index = self.database, np.array(genome) - self.plan.lower
-        params = stitch(self.params, database.stacks, database.units, index)
+        params = jax.jit(lambda assemble, genome: assemble(genome))(self.assemble, np.array(genome))
         report = {"units": dict(zip(self.space.names, genome, strict=True))}
         if self.plan.dropped is None:
             return self.model, params, masks_lib.dense_masks(params), {**report, "sparsity": 0.0}

@@ -111,7 +111,8 @@ def pat(
         keep = model.width - dropped(target, model.width)
         length = steps or max(10, math.ceil(3 * len(tokens) / batch))
         width = rank or max(1, round(model.width * 200 / 4096))
-        trained = init(jax.random.key(seed), model, params, width, lora_rank, identity)
+        start = jax.jit(lambda key: init(key, model, params, width, lora_rank, identity))
+        trained = start(jax.random.key(seed))
         optimizer = _optimizer(
             length,
             learning_rate,
@@ -327,15 +328,18 @@ def merge(model: Transformer, params, trained: dict, kept, scale: float) -> tupl
       kept: indices of residual channels.
       scale: of the low-rank updates.
     """
-    mask = jnp.zeros(model.width).at[np.asarray(kept)].set(1.0)
-    small, params = shrink(model, materialize(params, trained, mask, scale), width=kept)
+    mask = np.isin(np.arange(model.width), kept).astype(np.float32)
+    full = jax.device_get(jax.jit(materialize)(params, trained, mask, scale))
+    small, params = shrink(model, full, width=kept)
     ratio = small.norm_width / small.width
 
-    def gain(name, value):
+    def finish(name, value):
         is_norm = name.endswith("/scale") and "query_norm" not in name and "key_norm" not in name
-        return (value.astype(jnp.float32) * math.sqrt(ratio)).astype(value.dtype) if is_norm else value
+        return jnp.asarray((value * math.sqrt(ratio)).astype(value.dtype) if is_norm else value)
 
-    return small.clone(norm_width=None, epsilon=small.epsilon * ratio), masks_lib.map_with_name(gain, params)
+    return small.clone(norm_width=None, epsilon=small.epsilon * ratio), masks_lib.map_with_name(
+        finish, params
+    )
 
 
 def untied(model: Transformer, params: dict) -> tuple[Transformer, dict]:

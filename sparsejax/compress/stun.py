@@ -274,11 +274,10 @@ def _expert_axes(mlp):
 
 def _averaged(groups, leaf, axis):
     """The leaf with the mean of every group in the place of its first expert."""
-    leaf = jnp.moveaxis(jnp.asarray(leaf), axis, 0)
+    found = np.moveaxis(np.array(leaf), axis, 0)
     for group in groups:
-        mean = jnp.mean(leaf[np.array(group)].astype(jnp.float32), axis=0)
-        leaf = leaf.at[group[0]].set(mean.astype(leaf.dtype))
-    return jnp.moveaxis(leaf, 0, axis)
+        found[group[0]] = np.mean(found[group].astype(np.float32), axis=0)
+    return jnp.asarray(np.moveaxis(found, 0, axis))
 
 
 def _nearest(mlp, group: list[int]) -> int:

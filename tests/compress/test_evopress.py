@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 
 import chex
 import jax
@@ -24,11 +25,12 @@ TOKENS = np.random.default_rng(0).integers(0, 13, (12, 8))
 SHORT = {"stages": ((3, 16), (1, 64)), "generations": 3, "offspring": 6}
 
 
-def model_of(scale=3.0, **keywords):
+def model_of(**keywords):
     """A small decoder whose kernels are large enough for pruning to matter."""
     model = Transformer(13, depth=2, width=16, heads=2, mlp_ratio=2, max_length=8).clone(**keywords)
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS[:1])["params"]
-    return model, map_with_name(lambda name, x: x * scale if name.endswith("kernel") else x + 0.1, params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:1])["params"]
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
 def log_p(model, params, tokens=TOKENS):
@@ -103,14 +105,14 @@ def test_every_level_is_the_layer_pruned_on_its_own(experts):
 @pytest.mark.parametrize("method", [None, magnitude(scope="layer")])
 def test_the_total_is_exact_at_every_generation(dense, method):
     model, params = dense
-    found = evopress(method, levels=4, **SHORT).run(model, params, TOKENS, 0.55)
+    found = evopress(method, levels=2, **SHORT).run(model, params, TOKENS, 0.55)
     units, shapes = find_units(model, params, TOKENS)
     sizes = np.array([np.prod(shapes[unit.stack][1:]) for unit in units])
     zeros = sum(int((~mask).sum()) for mask in flatten(found.masks).values())
     assert zeros == np.floor(0.55 * sizes).sum()
     assert found.report["sparsity"] == zeros / sizes.sum()
     assert all(sum(record["genome"]) == 0 for record in found.report["history"])
-    step = int(0.45 / 8 * sizes.min())
+    step = int(0.45 / 4 * sizes.min())
     for name, level in found.report["units"].items():
         mask, kernel = flatten(found.masks)[name], flatten(found.params)[name]
         assert (~mask).sum() == np.floor(0.55 * mask.size) + level * step
@@ -128,6 +130,11 @@ def test_one_evaluation_is_compiled_for_all_genomes(dense):
     assert levels_lib._loss._cache_size() == 1
 
 
+@partial(jax.jit, static_argnames="block")
+def run_block(params, hidden, block):
+    return block.apply({"params": params}, hidden)
+
+
 @pytest.mark.parametrize("experts", [0, 2])
 def test_depth_search_finds_the_exhaustive_optimum(experts):
     """One attention and one network of three each: 9 models, each shrunk and run on its own."""
@@ -137,17 +144,23 @@ def test_depth_search_finds_the_exhaustive_optimum(experts):
     p = log_p(model, params)
 
     def removed(attention, network):
-        small = {}
-        for i in range(3):
-            part = dict(params[f"block_{i}"])
-            for name in ("attention", "norm_0") * (i == attention) + ("mlp", "norm_1") * (i == network):
-                del part[name]
-            small[f"block_{i}"] = part
+        """Block by block, each without what is removed; sub-blocks that are gone have no parameters."""
         layers = [
             {**({"heads": 0} if i == attention else {}), **({"hidden": 0} if i == network else {})}
             for i in range(3)
         ]
-        return divergence(p, log_p(model.clone(layers=tuple(layers)), {**params, **small}))
+        other, hidden = (
+            model.clone(layers=tuple(layers)),
+            model.apply({"params": params}, TOKENS, method="start"),
+        )
+        for i in range(3):
+            part = dict(params[f"block_{i}"])
+            for name in ("attention", "norm_0") * (i == attention) + ("mlp", "norm_1") * (i == network):
+                del part[name]
+            hidden = run_block(part, hidden, other.block(i))
+        return divergence(
+            p, np.asarray(jax.nn.log_softmax(model.apply({"params": params}, hidden, method="finish")))
+        )
 
     values = {pair: removed(*pair) for pair in itertools.product(range(3), repeat=2)}
     best = min(values, key=values.get)
@@ -207,13 +220,22 @@ def test_sparsity_zero_leaves_the_model_as_it_is(dense, search):
     [
         ({"search": "width"}, 0.5, None, "unknown search 'width'"),
         ({"fitness": "mse"}, 0.5, None, "unknown fitness 'mse'"),
+        ({"search": "depth"}, 0.5, None, "the method of a search over depth must be None, got Layerwise"),
+        (
+            {"search": "bits"},
+            0,
+            None,
+            "over bits must be a function of bits that gives a Layerwise, got Layerwise",
+        ),
+        ({"method": rtn}, 0.5, None, "over sparsity must be a Layerwise, got <function"),
+        ({"offspring": 0}, 0.5, None, "offspring of evopress must be at least 1, got 0"),
         ({"levels": 0}, 0.5, None, "levels of evopress must be at least 1, got 0"),
-        ({"search": "bits", "bits": 7}, 0, None, "bits=7 must lie in widths=2 to 6"),
-        ({"search": "bits"}, 0.5, None, "its sparsity must be 0, got 0.5"),
+        ({"method": None, "search": "bits", "bits": 7}, 0, None, "bits=7 must lie in widths=2 to 6"),
+        ({"method": None, "search": "bits"}, 0.5, None, "its sparsity must be 0, got 0.5"),
         ({}, 0.5, "2:4", "evopress cannot do the pattern 2:4"),
         ({}, 1.0, None, "sparsity"),
         ({"levels": 200}, 0.5, None, "move no weight of a layer of 256 weights"),
-        ({"search": "depth"}, 0.3, None, "drops no sub-block: there are 2 of a type"),
+        ({"method": None, "search": "depth"}, 0.3, None, "drops no sub-block: there are 2 of a type"),
         ({"stages": ((2, 16),), "levels": 2}, 0.5, None, "must keep 1 survivor"),
         ({"method": wanda(), "levels": 3}, 0.5, None, "counts over a layer, such as sparsegpt"),
         ({"top": 0, "levels": 2}, 0.5, None, "top must be at least 1"),

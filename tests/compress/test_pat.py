@@ -39,9 +39,14 @@ RMS = {
 
 def model_of(seed=0, **keywords):
     model = Transformer(11, depth=2, width=12, heads=2, hidden=10, max_length=6).clone(**{**RMS, **keywords})
-    params = jax.jit(model.init)(jax.random.key(seed), TOKENS[:1])["params"]
-    rng = np.random.default_rng(seed)
-    return model, jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:1])["params"]
+    ones = jax.tree.map(lambda x: np.ones(x.shape) if len(x.shape) == 1 else np.zeros(x.shape), shapes)
+    return model, disturbed(ones, seed)
+
+
+def start(model, params, rank=3, lora_rank=2):
+    """Trained parameters at their first values."""
+    return jax.jit(lambda key: init(key, model, params, rank, lora_rank))(jax.random.key(1))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +55,13 @@ def dense():
 
 
 def disturbed(trained, seed=1):
-    """Trained parameters that are nowhere at their first values."""
+    """Parameters that are nowhere at their first values."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), trained)
+
+    def move(x):
+        return jnp.asarray(np.asarray(x, np.float32) + 0.3 * rng.normal(size=x.shape).astype(np.float32))
+
+    return jax.tree.map(move, trained)
 
 
 def logits(model, params):
@@ -65,8 +74,8 @@ def logits(model, params):
 )
 def test_at_the_start_the_network_is_the_base_model(keywords):
     model, params = model_of(**keywords)
-    trained = init(jax.random.key(1), model, params, rank=3, lora_rank=2)
-    same = materialize(params, trained, mask_at(trained["theta"], 0, 50), 0.2)
+    trained = start(model, params)
+    same = jax.jit(materialize)(params, trained, mask_at(trained["theta"], 0, 50), 0.2)
     chex.assert_trees_all_close(same, params, atol=1e-6)
     for gains in trained["modules"].values():
         assert 0.1 < float(jnp.abs(gains["a"]).max()) * math.sqrt(12) <= 1
@@ -75,7 +84,7 @@ def test_at_the_start_the_network_is_the_base_model(keywords):
 def test_merged_weights_are_modules_behind_the_layers(dense):
     """The same model with LoRA and h = v * m * (y + B A y) applied to activations, by intercepting its layers."""
     model, params = dense
-    trained = disturbed(init(jax.random.key(1), model, params, rank=3, lora_rank=2))
+    trained = disturbed(start(model, params))
     mask = jnp.linspace(0, 1, 12)
 
     def tap(call, args, kwargs, about):
@@ -109,7 +118,7 @@ def test_merged_weights_are_modules_behind_the_layers(dense):
 
     with linen.intercept_methods(once):
         expected = logits(model, params)
-    found = logits(model, materialize(params, trained, mask, 0.7))
+    found = logits(model, jax.jit(materialize)(params, trained, mask, 0.7))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
     assert float(jnp.abs(found - logits(model, params)).max()) > 0.1
 
@@ -132,9 +141,10 @@ def test_the_schedule_of_the_mask():
 def test_the_mask_stops_following_theta(dense):
     """From 0.8 T on the gradient of theta is that of the budget and the separation alone."""
     model, params = dense
-    trained = disturbed(init(jax.random.key(1), model, params, rank=3))
+    trained = disturbed(start(model, params))
     settings = (8, 50, 0.2, True, "learned")
 
+    @jax.jit
     def gradient(step):
         return jax.grad(lambda x: objective(x, params, TOKENS, step, model, settings)[0])(trained)["theta"]
 
@@ -165,10 +175,10 @@ def test_the_losses():
 )
 def test_the_small_model_is_the_masked_one(keywords):
     model, params = untied(*model_of(**keywords))
-    trained = disturbed(init(jax.random.key(1), model, params, rank=3, lora_rank=2))
+    trained = disturbed(start(model, params))
     kept = [1, 2, 5, 6, 7, 10, 11]
     mask = jnp.zeros(12).at[np.array(kept)].set(1)
-    expected = logits(model, materialize(params, trained, mask, 0.3))
+    expected = logits(model, jax.jit(materialize)(params, trained, mask, 0.3))
     small, small_params = merge(model, params, trained, kept, 0.3)
     np.testing.assert_allclose(logits(small, small_params), expected, rtol=1e-4, atol=1e-4)
     assert (small.width, small.norm_width, small.tied) == (7, None, False)
@@ -216,7 +226,7 @@ def test_sparsity_zero_leaves_the_model_as_it_is(dense):
 
 def test_bfloat16_stays(dense):
     model, params = dense
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), params)
     found = pat(steps=3, batch=4, rank=2, lora_rank=2).run(model, params, TOKENS, 0.5)
     assert {x.dtype for x in jax.tree.leaves(found.params)} == {jnp.dtype(jnp.bfloat16)}
 

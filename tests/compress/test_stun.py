@@ -28,8 +28,9 @@ TOKENS = np.random.default_rng(0).integers(0, 11, (6, 5))
 @pytest.fixture(scope="module")
 def dense():
     model = Transformer(11, depth=2, width=8, heads=2, hidden=12, max_length=5, experts=6, bias=())
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS[:1])["params"]
-    return model, jax.tree.map(lambda x: 2 * x, params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:1])["params"]
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda x: jnp.asarray(0.6 * rng.normal(size=x.shape), jnp.float32), shapes)
 
 
 def symmetric(rng, n):
