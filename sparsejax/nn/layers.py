@@ -89,6 +89,7 @@ class RMSNorm(MaskedParams):
     @linen.compact
     def __call__(self, x):
         """Arrays of the shape of `x`."""
+        x = jnp.asarray(x)
         scale = self.param("scale", linen.initializers.ones, x.shape[-1:])
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         square = jnp.sum(wide**2, axis=-1, keepdims=True) / (self.width or x.shape[-1])
