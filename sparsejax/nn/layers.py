@@ -73,7 +73,7 @@ class LayerNorm(MaskedParams, linen.LayerNorm):
 class RMSNorm(MaskedParams):
     """x scale / sqrt(sum(x^2) / width + epsilon) over the last axis (Zhang and Sennrich 2019).
 
-    Computed in float32, whatever `dtype` the result has.
+    Computed in float32 at least, whatever `dtype` the result has.
 
     Attributes:
       epsilon: the small number.

@@ -362,6 +362,7 @@ def test_the_cost_of_experts_is_that_of_the_chosen_ones():
             "unknown projection with a bias in block_0 .* 'querry'; did you mean 'query'",
         ),
         ({"window": 0}, "window=0 of a transformer must be at least 1"),
+        ({"experts": 2, "experts_per_token": 0}, "experts_per_token=0 of a transformer must be at least 1"),
         ({"norm_width": 4}, "norm_width=4 of a transformer needs norm='rms', got 'layer'"),
         ({"tied": True, "head_bias": True}, "a tied transformer has no bias of the head .* head_bias=True"),
         ({"layers": [{}]}, "layers=1 mappings do not fit depth=2 of a transformer"),
