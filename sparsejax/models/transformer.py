@@ -22,7 +22,13 @@ from sparsejax import nn
 from sparsejax.masks import choose
 from sparsejax.models import rotary
 from sparsejax.models.blocks import PROJECTIONS, Block, norm
-from sparsejax.models.layers import block_options, check_model, frozen, head_width, layer_sizes
+from sparsejax.models.layers import (
+    block_options,
+    check_model,
+    frozen,
+    head_width,
+    layer_sizes,
+)
 
 POSITIONS = ("learned", "rotary")
 
