@@ -79,7 +79,7 @@ class Encoder(nn.MaskedParams):
         for name in ("linear", "bias", "layers"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
         super().__post_init__()
-        check_model("encoder", self)
+        check_model("an encoder", self)
         if self.pool is not None:
             choose("pool", self.pool, POOLS)
         if self.pooler and self.pool is None:

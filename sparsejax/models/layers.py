@@ -69,20 +69,20 @@ def _settings(model: linen.Module) -> dict:
 
 
 def check_model(kind: str, model: linen.Module) -> None:
-    """Raises ValueError, one sentence, for heads, names or layers that a model of this kind cannot have."""
+    """Raises ValueError, one sentence, for heads, names or layers that the model cannot have; `kind` is "a vit"."""
     choose("activation", model.activation, ACTIVATIONS)
     settings = _settings(model)
     choose("norm", settings.get("norm", "layer"), NORMS)
     if model.heads < 1 or (settings.get("head_width") is None and model.width % model.heads):
-        raise ValueError(f"heads={model.heads} of a {kind} must divide its width={model.width}")
+        raise ValueError(f"heads={model.heads} of {kind} must divide its width={model.width}")
     if model.layers and len(model.layers) != model.depth:
-        raise ValueError(f"layers={len(model.layers)} mappings do not fit depth={model.depth} of a {kind}")
+        raise ValueError(f"layers={len(model.layers)} mappings do not fit depth={model.depth} of {kind}")
     allowed = [name for name in LAYER if name in settings or (name == "stream" and "norm_width" in settings)]
     width = model.width
     for i in range(model.depth):
         for key in model.layers[i] if model.layers else ():
-            choose(f"entry of layers[{i}] of a {kind}:", key, allowed)
-        width = _check_layer(f"block_{i} of a {kind}", layer_sizes(model, i), model.linear, width)
+            choose(f"entry of layers[{i}] of {kind}:", key, allowed)
+        width = _check_layer(f"block_{i} of {kind}", layer_sizes(model, i), model.linear, width)
 
 
 def _check_layer(label: str, sizes: dict, linear, width: int) -> int:

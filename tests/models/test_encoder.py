@@ -134,10 +134,10 @@ def test_bfloat16_is_close():
         ({"activation": "gleu"}, "unknown activation 'gleu'; did you mean 'gelu'"),
         ({"pool": "max"}, r"unknown pool 'max'.*\(known: first, mean\)"),
         ({"pooler": True}, "an encoder with a pooler needs a pool, got None"),
-        ({"heads": 3}, "heads=3 of a encoder must divide its width=8"),
+        ({"heads": 3}, "heads=3 of an encoder must divide its width=8"),
         ({"vocabulary": None}, "an encoder with classes=0 needs its vocabulary, got None"),
         ({"tied": True}, "a tied encoder gives every token a logit .* vocabulary of 11, but has classes=0"),
-        ({"layers": [{"experts": 2}, {}]}, r"unknown entry of layers\[0\] of a encoder: 'experts'"),
+        ({"layers": [{"experts": 2}, {}]}, r"unknown entry of layers\[0\] of an encoder: 'experts'"),
     ],
 )
 def test_bad_input(keywords, message):

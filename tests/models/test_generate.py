@@ -80,7 +80,7 @@ def test_one_compilation_serves_every_temperature():
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
         ({"temperature": 1.0}, "temperature=1.0 draws tokens at random and needs a key"),
         ({"tokens": TOKENS[:, :0]}, r"must be \(batch, length > 0\), got shape \(2, 0\)"),
-        ({"model": build("encoder", 3)}, "only a Transformer generates tokens, not a Encoder"),
+        ({"model": build("encoder", 3)}, "only a Transformer generates tokens, got Encoder"),
     ],
 )
 def test_bad_input(arguments, message):

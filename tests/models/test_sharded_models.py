@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 import jax, numpy as np
@@ -39,6 +41,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -160,7 +160,7 @@ class MlpBefore(linen.Module):
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(linen.gelu(hidden))
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_defaults_are_the_model_of_the_committed_tables_bit_for_bit(dtype):
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
     model = build("transformer", 50, depth=2, width=32, heads=4, max_length=16, dtype=dtype)
@@ -222,7 +222,7 @@ def test_layers_replace_the_sizes_of_their_block():
     assert "block_0/mlp/up/bias" not in shapes
     assert shapes["block_1/attention/query/kernel"] == (8, 8)
     assert shapes["block_1/mlp/up/kernel"] == (3, 8, 5)
-    assert jax.eval_shape(run, model, params).shape == (2, 7, 11)
+    assert jax.eval_shape(lambda params: run(model, params), params).shape == (2, 7, 11)
 
 
 def test_removed_heads_and_channels_are_those_that_were_zero():
@@ -316,9 +316,8 @@ def test_fewer_coordinates_keep_the_divisor_of_their_norms():
     assert np.abs(run(actual, params) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_every_weight_can_be_masked(family):
-    model, params = start(**FAMILIES[family])
+def test_every_weight_can_be_masked():
+    model, params = start(**FAMILIES["mixtral"])
     rng = np.random.default_rng(2)
     masks = jax.tree.map(lambda p: jnp.asarray(rng.random(p.shape) < 0.5 if p.ndim > 1 else True), params)
     out = jax.jit(model.apply)({"params": params, "masks": masks}, TOKENS)
@@ -326,7 +325,7 @@ def test_every_weight_can_be_masked(family):
     assert np.abs(out - run(model, params)).max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_bfloat16_is_close(family):
     model, params = start(**FAMILIES[family])
     coarse = model.clone(dtype="bfloat16")
@@ -363,6 +362,7 @@ def test_the_cost_of_experts_is_that_of_the_chosen_ones():
             "unknown projection with a bias in block_0 .* 'querry'; did you mean 'query'",
         ),
         ({"window": 0}, "window=0 of a transformer must be at least 1"),
+        ({"experts": 2, "experts_per_token": 0}, "experts_per_token=0 of a transformer must be at least 1"),
         ({"norm_width": 4}, "norm_width=4 of a transformer needs norm='rms', got 'layer'"),
         ({"tied": True, "head_bias": True}, "a tied transformer has no bias of the head .* head_bias=True"),
         ({"layers": [{}]}, "layers=1 mappings do not fit depth=2 of a transformer"),
