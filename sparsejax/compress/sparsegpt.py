@@ -73,7 +73,7 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | N
         width = _width(block, kernel.shape[0], pattern)
         counts = _kept(kernel.shape, width, sparsity, pattern)
         factor, dead = inverse_factor(stats["gram"], damping)
-        rule = pattern if isinstance(pattern, NM | Block) else None
+        rule = pattern if sparsity and isinstance(pattern, NM | Block) else None
         return _sweep(jnp.asarray(kernel), factor, dead, counts, width, rule, sparsity == 0, quantise)
 
     return Layerwise("sparsegpt", ("gram",), prune, host=True)
@@ -175,7 +175,7 @@ def _block(rows, factor, count, rule, keep_all, quantise):
     size, outputs = rows.shape
     scale = jnp.diagonal(factor)[:, None] ** -2
     group = rule.m if isinstance(rule, NM) else max(n for n in range(1, _GROUP + 1) if size % n == 0)
-    by_group = isinstance(rule, NM) and not keep_all
+    by_group = isinstance(rule, NM)
     mask = jnp.ones(rows.shape, bool)
     if not (by_group or keep_all):
         pattern = rule or Pattern()
