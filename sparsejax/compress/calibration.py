@@ -12,6 +12,7 @@ written to a folder, from which the same call goes on after an interruption at a
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -101,9 +102,10 @@ def prune_layers(
       method: one layer's method, such as `sparsejax.compress.wanda()`.
       model: a module with the block interface (`start`, `block`, `context`, `finish`, `parts`).
       params: its parameters by part; any mapping, each part is read when its turn comes. Sharded ones work.
-      tokens: calibration sequences, int32 `(sequences, length)` without padding (or whatever `model.start` takes).
-        Sharded along their first axis, the hidden states are too.
-      sparsity: fraction to drop, in [0, 1), over each layer. None with N:M, which has its own.
+      tokens: calibration sequences, int32 `(sequences, length)`, or whatever `model.start` takes; padding counts
+        unless the model's context has a mask of it. Sharded along their first axis, the hidden states are too.
+      sparsity: fraction to drop of each layer, in [0, 1). None with N:M, which has its own, or where `allocation`
+        knows all.
       pattern: `sparsejax.patterns` object or its name.
       allocation: "uniform"; {shell pattern on `block_0/attention/query/kernel`: sparsity}, where the most specific
         pattern wins and layers without one get `sparsity`; or a function `({layer: shape struct}, sparsity) ->
@@ -134,8 +136,8 @@ def prune_layers(
     text = str(pattern)
     pattern = check_pattern(method.name, pattern, method.patterns)
     choose("propagate", propagate, PROPAGATE)
-    if sparsity is not None or not isinstance(pattern, NM):
-        check_sparsity(sparsity)
+    if allocation == "uniform":
+        _check_uniform(sparsity, pattern)
     statistics.init(method.needs, 1)
     asked = {
         "method": method.name,
@@ -197,10 +199,13 @@ class _Runner:
         budgets = _allocated(allocation, shapes, self.sparsity)
         for name, shape in shapes.items():
             try:
-                _, pattern = layer_budget(self.method.name, budgets[name], self.pattern, self.method.patterns)
+                share, pattern = layer_budget(
+                    self.method.name, budgets[name], self.pattern, self.method.patterns
+                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            pattern.check(name, shape[-2:])
+            if share:
+                pattern.check(name, shape[-2:])
         return budgets
 
     def block(self, stream: Stream, part: str, bar):
@@ -234,23 +239,8 @@ class _Runner:
                 raise ValueError(
                     f"the inputs of {name} are not finite (their {entry}); the model's activations overflow"
                 )
-        wide = jnp.asarray(kernel).astype(jnp.float32)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", CompressionWarning)
-            try:
-                found = self._prune(wide, stats, self.budgets[name])
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        notes = [str(w.message) for w in caught if issubclass(w.category, CompressionWarning)]
-        for other in caught:
-            warnings.warn(
-                f"{name}: {other.message}"
-                if issubclass(other.category, CompressionWarning)
-                else other.message,
-                other.category,
-                stacklevel=2,
-            )
-        new, mask = found
+        with _naming(name) as notes:
+            new, mask = self._prune(jnp.asarray(kernel).astype(jnp.float32), stats, self.budgets[name])
         new = jnp.where(mask, new, 0).astype(kernel.dtype)
         if isinstance(kernel, jax.Array):
             new, mask = jax.device_put(new, kernel.sharding), jax.device_put(mask, kernel.sharding)
@@ -296,6 +286,13 @@ def _allocated(allocation, shapes: Mapping[str, tuple], sparsity) -> dict[str, f
     return {name: None if found[name] is None else float(found[name]) for name in shapes}
 
 
+def _check_uniform(sparsity, pattern) -> None:
+    if not isinstance(pattern, NM):
+        check_sparsity(sparsity)
+    elif sparsity and abs(check_sparsity(sparsity) - pattern.sparsity) > 1e-9:
+        raise ValueError(f"{pattern.n}:{pattern.m} has sparsity {pattern.sparsity:g}, got {sparsity}")
+
+
 def _report(asked: dict, stream: Stream, layers: dict) -> dict:
     size = sum(layer["size"] for layer in layers.values())
     kept = sum(layer["density"] * layer["size"] for layer in layers.values())
@@ -308,6 +305,24 @@ def _report(asked: dict, stream: Stream, layers: dict) -> dict:
         "length": length,
         "layers": layers,
     }
+
+
+@contextmanager
+def _naming(layer: str):
+    """Puts the layer's name before what methods warn of or raise; gives the list of those warnings."""
+    notes = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CompressionWarning)
+        try:
+            yield notes
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+    for found in caught:
+        text = found.message
+        if issubclass(found.category, CompressionWarning):
+            notes.append(str(text))
+            text = f"{layer}: {text}"
+        warnings.warn_explicit(text, found.category, found.filename, found.lineno)
 
 
 def _node(tree, path):

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax import nn
 from sparsejax.compress import statistics
+from sparsejax.nn.experts import expert_matmul
 
 ROUTER = "router"  # decides about experts; it is small, and never compressed
 
@@ -44,8 +45,8 @@ class Stream:
       blocks: the names of the blocks in their order.
     """
 
-    def __init__(self, model, params: Mapping, tokens, batch: int = 8, hidden=None):
-        """Embeds the tokens, or takes up the states in `hidden`.
+    def __init__(self, model, params: Mapping, tokens, batch: int = 8):
+        """Embeds the tokens.
 
         Args:
           model: see the module.
@@ -53,7 +54,6 @@ class Stream:
           tokens: int32 `(sequences, length)`, or what else `model.start` takes. Sharded along its first axis, the
             batches are too.
           batch: sequences that go through a block at once.
-          hidden: states to continue from, instead of the embedded tokens.
 
         Raises:
           ValueError: without a token, for a token outside of the vocabulary, sequences longer than the model takes,
@@ -65,15 +65,9 @@ class Stream:
         self.tokens = np.asarray(tokens)
         self._batch = batch
         _check_tokens(self.tokens, batch, self._sharding)
-        if hidden is None:
-            first = self.outer(params)
-            _check_vocabulary(self.tokens, first)
-            hidden = self._join(_start(first, self._put(part), model) for part in self._split(self.tokens))
-        self.hidden = hidden
-
-    def outer(self, params: Mapping) -> dict:
-        """The parameters outside of the blocks."""
-        return {name: params[name] for name in self.model.parts() if name not in self.blocks}
+        first = {name: params[name] for name in self._outer()[0]}
+        _check_vocabulary(self.tokens, first)
+        self.hidden = self._join(_start(first, self._put(part), model) for part in self._split(self.tokens))
 
     def block(self, name: str) -> linen.Module:
         """The module of the block called `name`."""
@@ -139,9 +133,17 @@ class Stream:
 
     def logits(self, params: Mapping):
         """Pairs (tokens, logits) of every batch, once all blocks are done."""
-        outer = self.outer(params)
+        before, after = self._outer()
+        tied = before if getattr(self.model, "tied", False) else ()
+        outer = {name: params[name] for name in (*tied, *after)}
         for tokens, hidden in zip(self._split(self.tokens), self._split(self.hidden), strict=True):
             yield self._put(tokens), _finish(outer, self._put(hidden), self.model)
+
+    def _outer(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the parts before the blocks, and after."""
+        parts = self.model.parts()
+        first, last = (parts.index(name) for name in (self.blocks[0], self.blocks[-1]))
+        return parts[:first], parts[last + 1 :]
 
     def _split(self, array):
         return (array[i : i + self._batch] for i in range(0, len(array), self._batch))
@@ -187,7 +189,9 @@ def _observe(stats, params, hidden, context, block):
         if name not in new:
             return
         if not sizes:
-            new[name] = statistics.update(new[name], x.reshape(len(x), -1, x.shape[-1]))
+            new[name] = statistics.update(
+                new[name], x.reshape(len(x), -1, x.shape[-1]), _without_padding(x, context)
+            )
             return
         ends = jnp.cumsum(*sizes)
         rows = jnp.arange(len(x))
@@ -211,12 +215,19 @@ def _errors(kernels, old, hidden, context, block):
     def visit(name, x, *sizes):
         if name in kernels:
             before, after = (k.astype(jnp.float32) for k in (_at(old, name), kernels[name]))
-            product = partial(lax.ragged_dot, group_sizes=sizes[0]) if sizes else jnp.matmul
-            x = x.astype(jnp.float32)
+            product = partial(expert_matmul, sizes=sizes[0]) if sizes else jnp.matmul
+            x, flags = x.astype(jnp.float32), _without_padding(x, context)
+            x = x if flags is None else x * flags[..., None]
             found[name] = [jnp.sum(product(x, kernel) ** 2) for kernel in (before - after, before)]
 
     _tapped(block, visit, old, hidden, context)
     return found
+
+
+def _without_padding(x, context):
+    """Bools `(sequences, length)`, which tokens are none, of a model whose blocks take a padding mask; else None."""
+    mask = context.get("mask")
+    return mask if mask is not None and mask.shape == x.shape[:-1] else None
 
 
 def _find_layers(block, hidden, context):

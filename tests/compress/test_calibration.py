@@ -12,7 +12,9 @@ from sparsejax import compress, formats
 from sparsejax.allocation import erdos_renyi
 from sparsejax.compress import CompressionWarning, Layerwise, prune_layers
 from sparsejax.compress.base import select
+from sparsejax.models.encoder import Encoder
 from sparsejax.models.transformer import Transformer
+from sparsejax.models.vision_transformer import VisionTransformer
 from sparsejax.patterns import NM, Unstructured
 
 MODEL = Transformer(classes=32, depth=2, width=16, heads=4, hidden=32, max_length=24)
@@ -52,10 +54,17 @@ def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def intermediates(model, params):
+    """What every module of the model gives."""
+    apply = jax.jit(
+        lambda p: model.apply({"params": p}, TOKENS, capture_intermediates=True, mutable=["intermediates"])
+    )
+    return apply(params)[1]["intermediates"]
+
+
 def inputs_of(params, i):
     """What the linear layers of block i read (but `out`), float64 rows, from the outputs of its other modules."""
-    _, state = MODEL.apply({"params": params}, TOKENS, capture_intermediates=True, mutable=["intermediates"])
-    block = state["intermediates"][f"block_{i}"]
+    block = intermediates(MODEL, params)[f"block_{i}"]
     attended, up = block["norm_0"]["__call__"][0], block["mlp"]["up"]["__call__"][0]
     found = dict.fromkeys(PATHS[:3], attended)
     found |= {"mlp/up/kernel": block["norm_1"]["__call__"][0], "mlp/down/kernel": linen.gelu(up)}
@@ -257,6 +266,31 @@ def test_statistics_of_a_dense_pass():
         np.testing.assert_allclose(block.stats["mlp/up/kernel"]["variance"], x.var(0), rtol=1e-3, atol=1e-5)
 
 
+def test_padding_does_not_count():
+    model = Encoder(classes=0, vocabulary=32, depth=1, width=16, heads=4, hidden=32, max_length=24, pad=0)
+    tokens = np.maximum(TOKENS, 1)
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+    padded = np.pad(tokens[:, :15], ((0, 0), (0, 5)))
+    one, other = (next(compress.observe(model, params, t, ("square",))) for t in (tokens[:, :15], padded))
+    assert list(one.layers) == list(PATHS)
+    for path in PATHS:
+        np.testing.assert_allclose(
+            one.stats[path]["square"], other.stats[path]["square"], rtol=1e-4, err_msg=path
+        )
+        assert one.stats[path]["count"] == other.stats[path]["count"] == 6 * 15
+
+
+def test_vision_transformers():
+    model = VisionTransformer(classes=3, patch=4, width=16, depth=2, heads=4, mlp_ratio=2)
+    images = np.asarray(jax.random.normal(jax.random.key(0), (4, 8, 8, 1)))
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    result = run(model=model, params=params, tokens=images)
+    assert list(result.report["layers"]) == [f"block_{i}/{path}" for i in (0, 1) for path in PATHS]
+    assert result.report["sparsity"] == 0.5
+    same({k: v for k, v in result.params.items() if not k.startswith("block")},
+         {k: v for k, v in params.items() if not k.startswith("block")})  # fmt: skip
+
+
 # --- experts -----------------------------------------------------------------------------------------
 
 
@@ -287,8 +321,11 @@ def test_an_expert_without_tokens_is_named_and_pruned_by_magnitude():
     params["block_0"]["norm_1"]["bias"] = jnp.ones(16)
     params["block_0"]["norm_1"]["scale"] = jnp.zeros(16)
     params["block_0"]["mlp"]["router"]["kernel"] = jnp.tile(jnp.asarray([1.0, 0.5, -1.0]), (16, 1))
-    with pytest.warns(CompressionWarning, match="block_0/mlp/up/kernel: expert 2 saw no calibration token"):
+    with pytest.warns(CompressionWarning) as seen:
         result = run(model=EXPERTS, params=params)
+    assert [str(w.message).split(";")[0] for w in seen] == [
+        f"block_0/mlp/{name}/kernel: expert 2 saw no calibration token" for name in ("up", "gate", "down")
+    ]
     kernel = params["block_0"]["mlp"]["up"]["kernel"][2]
     np.testing.assert_array_equal(
         result.masks["block_0"]["mlp"]["up"]["kernel"][2], wanda_by_hand(kernel, np.ones((1, 16)))
@@ -304,8 +341,11 @@ def test_warnings_of_a_method_name_the_layer_and_are_reported():
         compress.base.warn("this is odd")
         return kernel, jnp.ones(kernel.shape, bool)
 
-    with pytest.warns(CompressionWarning, match="^block_1/mlp/down/kernel: this is odd$"):
+    with pytest.warns(CompressionWarning) as seen:
         result = run(Layerwise("odd", (), prune))
+    assert [str(w.message) for w in seen] == [
+        f"block_{i}/{path}: this is odd" for i in (0, 1) for path in PATHS
+    ]
     assert result.report["layers"]["block_0/mlp/up/kernel"]["notes"] == ["this is odd"]
 
 
@@ -326,7 +366,8 @@ def test_messages():
     refused(r"test cannot do the pattern block:4x4 \(it can do: unstructured, N:M", pattern="block:4x4")
     refused(r"sparsity must be in \[0, 1\), got 1.0", sparsity=1.0)
     refused(r"sparsity must be in \[0, 1\), got None", sparsity=None)
-    refused("a multiple of 1/4, got 0.3", pattern="2:4", sparsity=0.3)
+    refused("2:4 has sparsity 0.5, got 0.25", pattern="2:4", sparsity=0.25)
+    refused("kernel: 2:4 keeps .* a multiple of 1/4, got 0.3", pattern="2:4", allocation={"*": 0.3})
     refused(
         "needs axis -2 of block_0/attention/query/kernel to be divisible by 32", pattern="1:32", sparsity=None
     )
@@ -355,6 +396,6 @@ def test_packed_kernels_are_refused():
     kernel = PARAMS["block_0"]["mlp"]["up"]["kernel"]
     mask = select(jnp.abs(kernel), 0.5, NM(2, 4))
     params = {**PARAMS, "block_0": jax.tree.map(lambda x: x, PARAMS["block_0"])}
-    params["block_0"]["mlp"]["up"]["kernel"] = formats.pack(kernel, mask, NM(2, 4))
+    params["block_0"]["mlp"]["up"]["kernel"] = formats.pack(kernel, mask, "2:4")
     with pytest.raises(ValueError, match="block_0/mlp/up/kernel is packed"):
         run(params=params)
