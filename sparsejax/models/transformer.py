@@ -22,7 +22,7 @@ from sparsejax import nn
 from sparsejax.masks import choose
 from sparsejax.models import rotary
 from sparsejax.models.blocks import PROJECTIONS, Block, norm
-from sparsejax.models.layers import block_options, check_model, frozen, head_width
+from sparsejax.models.layers import block_options, check_model, frozen, head_width, layer_sizes
 
 POSITIONS = ("learned", "rotary")
 
@@ -185,6 +185,11 @@ class Transformer(linen.Module):
         first = ("embed", "positions") if self.positions == "learned" else ("embed",)
         last = ("norm",) if self.tied else ("norm", "head")
         return (*first, *(f"block_{i}" for i in range(self.depth)), *last)
+
+    @linen.nowrap
+    def layer(self, i: int) -> dict:
+        """The sizes of block `i`, as `sparsejax.models.layers.layer_sizes` gives them."""
+        return layer_sizes(self, i)
 
     @linen.nowrap
     def _rates(self):
