@@ -139,10 +139,8 @@ def search(
     parent, history = _load(path, settings) or (None, [])
     if parent is None:
         parent = _first(space, start, fitness, stages[0].sequences, pool, starts, seed)
-    bar = tqdm(
-        total=generations, initial=len(history), desc="search", unit="generation", disable=not progress
-    )
-    with bar:
+    options = {"desc": "search", "unit": "generation", "disable": None if progress is None else not progress}
+    with tqdm(total=generations, initial=len(history), **options) as bar:
         while len(history) < generations:
             rng = np.random.default_rng([seed, 1 + len(history)])
             parent, record = _generation(rng, space, parent, fitness, stages, pool, offspring, moves)
