@@ -194,7 +194,7 @@ STREAM = ({"stream": (32, 24, 24)}, {"stream": (24, 24, 32)})
         (
             "mistral",
             {"bias": ("down",)},
-            "a checkpoint of MistralForCausalLM has no bias of down, out",
+            "a checkpoint of MistralForCausalLM has no bias of down",
         ),
         (
             "llama",
