@@ -47,9 +47,9 @@ def test_the_p_step_keeps_codes_and_sums_gradients_of_members():
 
 def test_everything_at_once_without_decay_is_straight_through_projection():
     book = kmeans(KERNEL, codewords=4)
-    tuning = pv_tuning(code_rate=0.05, value_rate=0.0, fraction=1.0, trust=None, delta_decay=0.0, lamb=False)
+    tuning = pv_tuning(code_rate=0.3, value_rate=0.0, fraction=1.0, trust=None, delta_decay=0.0, lamb=False)
     state, books = tuning.init({"k": book}), {"k": book}
-    adam = optax.adam(0.05, 0.0, 0.95)
+    adam = optax.adam(0.3, 0.0, 0.95)
     latent, inner = dense(book), adam.init(KERNEL)
     update = jax.jit(tuning.update)
     for step in range(6):

@@ -50,6 +50,7 @@ def test_coactivation_counts_the_tokens_that_two_experts_share(dense):
         middle = model.clone(depth=1, layers=({"hidden": 0},)).block(0).apply({"params": part}, hidden)
         centred = middle - middle.mean(-1, keepdims=True)
         normal = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * part["norm_1"]["scale"]
+        normal = normal + part["norm_1"].get("bias", 0)
         logits = np.asarray(normal @ part["mlp"]["router"]["kernel"]).reshape(-1, 6)
         expected = np.zeros((6, 6), int)
         for row in logits:
