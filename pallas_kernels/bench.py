@@ -14,6 +14,8 @@ import pathlib
 
 import jax
 
+from pallas_kernels.timing import four_digits
+
 # Operations (dense bfloat16 tensor cores) and bytes a second, from the data sheets.
 PEAKS = {
     "NVIDIA H200": (989e12, 4.8e12),
@@ -40,10 +42,11 @@ def line(result: dict, device: str) -> str:
     """A result as text."""
     peer = "no peer"
     if result["peer"]:
-        peer = f"{result['peer']} {result['peer_ms']:9.2f} ms ({result['ratio_peer']:6.2f}x)"
+        peer = f"{result['peer']} {four_digits(result['peer_ms']):>9s} ms ({result['ratio_peer']:6.2f}x)"
     fraction = roofline(result, device)
     return (
-        f"{result['op']:20s} {result['case']:52s} {result['ours_ms']:9.2f} ms   dense {result['dense_ms']:9.2f} ms "
+        f"{result['op']:20s} {result['case']:52s} {four_digits(result['ours_ms']):>9s} ms   "
+        f"dense {four_digits(result['dense_ms']):>9s} ms "
         f"({result['ratio_dense']:6.2f}x)   {peer}   error {result['max_error']:.1e}"
         + (f"   roofline {fraction:.0%}" if fraction else "")
     )
@@ -66,8 +69,8 @@ def table(results: list[dict], device: str) -> str:
         (
             f"`{r['op']}`",
             r["case"],
-            f"{r['ours_ms']:.2f}",
-            f"{r['dense_ms']:.2f}",
+            four_digits(r["ours_ms"]),
+            four_digits(r["dense_ms"]),
             f"{r['ratio_dense']:.2f}",
             r["peer"] or "",
             f"{r['ratio_peer']:.2f}" if r["peer"] else "",

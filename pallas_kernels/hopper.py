@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 MAX_WIDTH = 256  # columns of one wgmma
+MEMORY = 227 * 2**10  # bytes of shared memory
 COMPUTE = 2  # warpgroups that multiply
 STAGES = 3  # pairs of tiles that are loaded ahead
 # Layouts are stated, not inferred: inference does not end for kernels with many registers.
@@ -29,6 +30,11 @@ def multiple_reason(what: str, size: int, multiple: int):
     return (
         None if size > 0 and size % multiple == 0 else f"{what} must be a multiple of {multiple}, got {size}"
     )
+
+
+def max_width(dtype) -> int:
+    """Columns of a tile of `sum_tiles` whose shared memory suffices, with 128 rows."""
+    return MAX_WIDTH if jnp.dtype(dtype).itemsize <= 2 else 200
 
 
 def k_multiple(dtype) -> int:

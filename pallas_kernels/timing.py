@@ -1,5 +1,10 @@
-"""How the benches measure: everything in one process, alternating, the median of repeats, the result awaited."""
+"""How the benches measure: everything in one process, alternating, the median of repeats, the result awaited.
 
+Starting a function on an accelerator and waiting for it takes longer than many of them run. A sample is therefore as
+many calls as fill `SAMPLE`, of which only the last is awaited.
+"""
+
+import math
 import statistics
 import time
 
@@ -7,30 +12,65 @@ import jax
 import numpy as np
 
 REPEATS = 7
+SAMPLE = 5.0  # milliseconds that a sample takes at least
+CALLS = 1024  # of a sample at most
 
 
 def blocking(function, *args):
     """`function(*args)` compiled with its arguments as arguments, as a function of none that waits for the result."""
     compiled = jax.jit(function)
-    return lambda: jax.block_until_ready(compiled(*args))
+    return waiting(lambda: compiled(*args))
+
+
+def waiting(start):
+    """A function of no arguments that waits for the result of `start`; `measure` starts it several times, then waits."""
+
+    def wait():
+        return jax.block_until_ready(start())
+
+    wait.start = start
+    return wait
 
 
 def measure(functions, repeats: int = REPEATS, average=statistics.median):
-    """{name: milliseconds}: averages over `repeats` rounds, in each of which every function runs once.
+    """{name: milliseconds of a call}: averages over `repeats` rounds, in each of which every function has one sample.
 
     Args:
-      functions: {name: function of no arguments that blocks until its result is ready}; each runs once beforehand.
+      functions: {name: function of no arguments that blocks until its result is ready}; those of `blocking` and
+        `waiting` are awaited once in a sample. Each runs beforehand, to find how many calls fill a sample.
       average: of the times of a function.
     """
+    calls = {name: _calls(function) for name, function in functions.items()}
     times = {name: [] for name in functions}
-    for function in functions.values():
-        function()
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(_sample(function, calls[name]) / calls[name])
     return {name: average(seen) for name, seen in times.items()}
+
+
+def _calls(function) -> int:
+    """How many calls fill a sample, after one that may compile."""
+    function()
+    calls = 1
+    while calls < CALLS and _sample(function, calls) < SAMPLE:
+        calls *= 2
+    return calls
+
+
+def _sample(function, calls: int) -> float:
+    """Milliseconds of some calls."""
+    call = getattr(function, "start", function)
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    jax.block_until_ready(result)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def four_digits(number: float) -> str:
+    """A number with four significant digits, or all of those before the point."""
+    places = 3 - math.floor(math.log10(abs(number))) if number else 3
+    return f"{number:.{max(0, places)}f}"
 
 
 def max_error(found, expected) -> float:

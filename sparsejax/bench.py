@@ -278,8 +278,8 @@ def _fields(result: Result) -> dict:
 
 def _line(result: Result) -> str:
     return (
-        f"{result.case:66s} {result.ours:9.1f} {result.unit:3s}  {result.baseline:22s} {result.theirs:9.1f} "
-        f"{result.unit:3s}  "
+        f"{result.case:66s} {timing.four_digits(result.ours):>9s} {result.unit:3s}  {result.baseline:22s} "
+        f"{timing.four_digits(result.theirs):>9s} {result.unit:3s}  "
         f"{result.ratio_is} = {result.ratio:.3g}"
     )
 

@@ -1,4 +1,4 @@
-"""EvoPress against uniform and OWL allocations, over sparsity, depth and bits; MINUTES."""
+"""EvoPress against uniform and OWL allocations, over sparsity, depth and bits."""
 
 from experiments import compression
 from experiments.claims import Claim, all_of, greater

@@ -1,4 +1,4 @@
-"""GQSA: groups dropped and quantised, with and without its two stages, against 2:4 and two bits; MINUTES."""
+"""GQSA: groups dropped and quantised, with and without its two stages, against 2:4 and two bits."""
 
 from experiments import compression
 from experiments.claims import Claim, greater

@@ -1,4 +1,4 @@
-"""Layer-wise pruning of a trained decoder: magnitude, Wanda and SparseGPT, each with and without DSnoT; MINUTES."""
+"""Layer-wise pruning of a trained decoder: magnitude, Wanda and SparseGPT, each with and without DSnoT."""
 
 from experiments import compression
 from experiments.claims import Claim, all_of, gap, greater

@@ -1,4 +1,4 @@
-"""Heads and channels removed from a trained decoder by FLAP, CFSP, SliceGPT and baselines; MINUTES."""
+"""Heads and channels removed from a trained decoder by FLAP, CFSP, SliceGPT and baselines."""
 
 from experiments import compression
 from experiments.claims import Claim, all_of, greater

@@ -1,4 +1,4 @@
-"""STUN: experts first, then weights, against weights alone, on a mixture of experts; MINUTES."""
+"""STUN: experts first, then weights, against weights alone, on a mixture of experts."""
 
 from experiments import compression
 from experiments.claims import Claim, greater

@@ -31,7 +31,7 @@ def block_sparse_matmul(x, blocks, indices, *, rows: int, implementation: str | 
       implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that the device and shapes allow.
 
     Returns:
-      `(..., N)` in the promoted dtype of `x` and `blocks`; sums are in float32.
+      `(..., N)` in the promoted dtype of `x` and `blocks`; sums are in at least float32.
 
     Raises:
       ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
@@ -53,10 +53,10 @@ def block_sparse_matmul(x, blocks, indices, *, rows: int, implementation: str | 
 
 def check_blocks(blocks, indices, rows: int):
     """Raises ValueError, one sentence, unless these are the arrays of a block-ELL weight with `rows` rows."""
-    if blocks.ndim != 4 or not jnp.issubdtype(blocks.dtype, jnp.floating):
+    if blocks.ndim != 4 or 0 in blocks.shape or not jnp.issubdtype(blocks.dtype, jnp.floating):
         raise ValueError(
-            f"blocks must be floats of shape (block columns, slots, block rows, block width), got {blocks.dtype} "
-            f"of shape {blocks.shape}"
+            "blocks must be floats of shape (block columns, slots, block rows, block width), none of them 0, "
+            f"got {blocks.dtype} of shape {blocks.shape}"
         )
     if indices.shape != blocks.shape[:2] or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(

@@ -21,8 +21,8 @@ def reason(batch: int, shape, dtype, transposed: bool):
     """Why blocks of these shapes and dtype cannot run, or None."""
     inner, outer = (shape[3], shape[2]) if transposed else (shape[2], shape[3])
     names = ("block width", "block rows") if transposed else ("block rows", "block width")
-    if outer > hopper.MAX_WIDTH:
-        return f"the {names[1]} must be at most {hopper.MAX_WIDTH}, got {outer}"
+    if outer > hopper.max_width(dtype):
+        return f"the {names[1]} must be at most {hopper.max_width(dtype)}, got {outer}"
     return (
         hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16, jnp.float32)
         or hopper.multiple_reason(f"the {names[0]}", inner, hopper.k_multiple(dtype))

@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.sums import matmul as multiply
+
 
 def dense(blocks, indices, rows: int):
     """The dense weight `(rows, N)` of a block-ELL one; blocks that are stored twice add up."""
@@ -14,10 +16,10 @@ def dense(blocks, indices, rows: int):
 def matmul(x, blocks, indices, rows: int):
     """`x @ W`: `(M, rows)` to `(M, N)`."""
     weight = dense(blocks, indices, rows)
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    return multiply(x, weight)
 
 
 def matmul_transposed(g, blocks, indices, rows: int):
     """`g @ W.T`: `(M, N)` to `(M, rows)`."""
     weight = dense(blocks, indices, rows)
-    return jnp.matmul(g, weight.T, preferred_element_type=jnp.float32).astype(g.dtype)
+    return multiply(g, weight.T)

@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels.block_sparse_matmul.schedule import schedule
 from pallas_kernels.meshes import vary
+from pallas_kernels.sums import sum_dtype
 
 # Elements of an operand per chunk. Small enough for the products to be in cache when they are added up.
 CHUNK = 2**17
@@ -50,6 +51,7 @@ def _products(x, blocks, plan, targets: int, equation: str):
     batch, slots = x.shape[0], plan.order.size
     blocks = blocks.reshape(slots, *blocks.shape[2:])
     inner, outer = blocks.shape[1:] if equation.endswith("n") else blocks.shape[:0:-1]
+    total_dtype = sum_dtype(x.dtype)
     chunk, wide = chunk_size(slots, batch * max(inner, outer)), outer >= WIDE
     order, source = pad(plan.order, chunk, 0), pad(plan.source, chunk, 0)
     target, total = pad(plan.target, chunk, targets), plan.starts[-1]
@@ -58,13 +60,13 @@ def _products(x, blocks, plan, targets: int, equation: str):
         at, from_, to = (lax.dynamic_slice(a, (i * chunk,), (chunk,)) for a in (order, source, target))
         stored = jnp.take(blocks, at, axis=0, mode="clip")
         product = jnp.einsum(
-            equation, gather_blocks(x, from_, inner), stored, preferred_element_type=jnp.float32
+            equation, gather_blocks(x, from_, inner), stored, preferred_element_type=total_dtype
         )
         if wide:
             return _add_slices(y, product, to, jnp.minimum(chunk, total - i * chunk))
         return y.at[to].add(product, mode="drop")
 
-    y = jnp.zeros((batch, targets * outer) if wide else (targets, batch, outer), jnp.float32)
+    y = jnp.zeros((batch, targets * outer) if wide else (targets, batch, outer), total_dtype)
     y = lax.fori_loop(0, (total + chunk - 1) // chunk, one_chunk, vary(y, x, blocks, total))
     return (y if wide else y.swapaxes(0, 1).reshape(batch, targets * outer)).astype(x.dtype)
 

@@ -23,7 +23,7 @@ def csr_matmul(x, data, indices, indptr, *, implementation: str | None = None):
     """`x @ W` for a sparse weight W, differentiable with respect to `x` and `data`.
 
     Args:
-      x: `(..., K)`, of a float dtype.
+      x: `(..., K)`, floats or integers.
       data: `(nnz,)` floats, the stored weights, by output.
       indices: `(nnz,)` integers in [0, K): the input of each, ascending for every output.
       indptr: `(N + 1,)` integers: output j has entries `indptr[j]` up to `indptr[j + 1]`.
@@ -58,14 +58,14 @@ def _check(x, data, indices, indptr):
         raise ValueError(f"indptr must be a vector of one more than W has outputs, got shape {indptr.shape}")
     if not x.ndim or not x.shape[-1]:
         raise ValueError(f"x must end with at least one input, but its shape is {x.shape}")
-    for name, array, kind in (
-        ("x", x, jnp.floating),
-        ("data", data, jnp.floating),
-        ("indices", indices, jnp.integer),
-        ("indptr", indptr, jnp.integer),
+    for name, dtype, kind in (
+        ("x", jnp.result_type(x, data), jnp.floating),
+        ("data", data.dtype, jnp.floating),
+        ("indices", indices.dtype, jnp.integer),
+        ("indptr", indptr.dtype, jnp.integer),
     ):
-        if not jnp.issubdtype(array.dtype, kind):
-            raise ValueError(f"{name} must be {kind.__name__}, got {array.dtype}")
+        if not jnp.issubdtype(dtype, kind):
+            raise ValueError(f"{name} must be {kind.__name__}, got {dtype}")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

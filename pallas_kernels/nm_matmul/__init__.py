@@ -9,6 +9,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.meshes import like_rows, on_mesh
 from pallas_kernels.nm_matmul.layout import index_bytes
 from pallas_kernels.rows import call
+from pallas_kernels.sums import matmul
 
 OP = "nm_matmul"
 
@@ -24,7 +25,7 @@ def nm_matmul(x, values, indices, *, n: int, m: int, implementation: str | None 
       implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that the device and shapes allow.
 
     Returns:
-      `(..., N)` in the promoted dtype of `x` and `values`; sums are in float32.
+      `(..., N)` in the promoted dtype of `x` and `values`; sums are in at least float32.
 
     Raises:
       ValueError: one sentence, if the pattern is none, the shapes do not fit together or the named implementation
@@ -45,9 +46,11 @@ def nm_matmul(x, values, indices, *, n: int, m: int, implementation: str | None 
 def _check(x, values, indices, n, m):
     if not (m in (2, 4, 8, 16, 32, 64, 128, 256) and 0 < n <= m):
         raise ValueError(f"n:m must have 0 < n <= m and m a power of two from 2 to 256, got {n}:{m}")
-    if values.ndim != 2 or values.shape[0] % n or not jnp.issubdtype(values.dtype, jnp.floating):
+    floats = jnp.issubdtype(values.dtype, jnp.floating)
+    if values.ndim != 2 or values.shape[0] % n or 0 in values.shape or not floats:
         raise ValueError(
-            f"values must be floats of shape (groups * {n}, columns), got {values.dtype} of shape {values.shape}"
+            f"values must be floats of shape (groups * {n}, columns), neither of them 0, got {values.dtype} of shape "
+            f"{values.shape}"
         )
     inner = values.shape[0] // n * m
     if x.ndim < 1 or x.shape[-1] != inner:
@@ -74,8 +77,10 @@ def _reasons(x, values, n, m):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _product(x, values, indices, n: int, m: int, implementation: str):
-    matmul = dispatch.module(OP, implementation).matmul
-    return call(implementation, lambda *args: matmul(*args, n, m), "mk en bn -> mn", x, values, indices)
+    module = dispatch.module(OP, implementation)
+    return call(
+        implementation, lambda *args: module.matmul(*args, n, m), "mk en bn -> mn", x, values, indices
+    )
 
 
 def _forward(x, values, indices, n, m, implementation):
@@ -88,9 +93,7 @@ def _backward(n, m, implementation, saved, g):
     x, values, indices = saved
     xla = dispatch.module(OP, "xla")
     weight = xla.decompress(values, indices, n, m)
-    dx = jnp.matmul(g, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
-    dense = jnp.matmul(x.T, g, preferred_element_type=jnp.float32).astype(values.dtype)
-    return dx, xla.sample(dense, indices, n, m), None
+    return matmul(g, weight.T), xla.sample(matmul(x.T, g), indices, n, m), None
 
 
 _product.defvjp(_forward, _backward)

@@ -40,6 +40,9 @@ def reason(x_shape, values_shape, dtype, n: int, m: int):
     whole = period(n, m)
     if whole.rows > 16:
         return f"a period of the pattern may have at most 16 rows, {n}:{m} has {whole.rows}"
+    needed = _shared_bytes(_tile_rows(x_shape[0], whole), whole)
+    if needed > hopper.MEMORY:
+        return f"its tiles must fit into {hopper.MEMORY} bytes of shared memory, and {n}:{m} needs {needed}"
     return (
         hopper.dtype_reason(dtype, jnp.bfloat16, jnp.float16)
         or hopper.multiple_reason("the weight's columns", values_shape[1], 16)
@@ -53,6 +56,10 @@ def matmul(x, values, indices, n: int, m: int):
         return blackwell.matmul(x, values, indices, n, m)
     batch, inner = x.shape
     whole = period(n, m)
+    rows = _tile_rows(batch, whole)
+    if _shared_bytes(rows, whole) > hopper.MEMORY:  # jax.vmap adds to the rows
+        parts = [x[start : start + 8] for start in range(0, batch, 8)]
+        return jnp.concatenate([matmul(part, values, indices, n, m) for part in parts])
     x = hopper.pad_rows(x)
     tile = PERIODS * whole.rows
     steps = pl.cdiv(inner, tile)
@@ -63,10 +70,28 @@ def matmul(x, values, indices, n: int, m: int):
     )
     if batch <= SMALL:
         parts = math.gcd(steps, max(1, BLOCKS // pl.cdiv(values.shape[2], COLUMNS)))
-        y = _products(x, values, indices, n, m, rows=x.shape[0], parts=parts, exchanged=True)
+        y = _products(x, values, indices, n, m, rows, parts=parts, exchanged=True)
         return jnp.sum(y, axis=0).T[:batch].astype(x.dtype)
-    rows = 128 if batch > 64 and whole.rows <= 8 else 64
     return _products(x, values, indices, n, m, rows, parts=1, exchanged=False)[0, :batch]
+
+
+def _tile_rows(batch: int, whole) -> int:
+    """Rows of x in a tile."""
+    if batch <= SMALL:
+        return batch + -batch % 8
+    return 128 if batch > 64 and whole.rows <= 8 else 64
+
+
+def _shared_bytes(rows: int, whole) -> int:
+    """Shared memory for two tiles of x and of the packed weight, decompressed ones and barriers."""
+    tile = PERIODS * whole.rows
+    loaded = 2 * rows * tile + PERIODS * COLUMNS * (2 * whole.entries + whole.bytes)
+    return 2 * loaded + 2 * _slots(whole) * tile * COLUMNS + 2**10
+
+
+def _slots(whole) -> int:
+    """Decompressed tiles at a time."""
+    return 2 if whole.rows <= 8 else 1
 
 
 def is_blackwell() -> bool:
@@ -89,7 +114,7 @@ def _products(x, values, indices, n, m, rows: int, parts: int, exchanged: bool):
     y_shape = (parts, columns, x.shape[0]) if exchanged else (parts, x.shape[0], columns)
     y_dtype = jnp.float32 if exchanged else dtype
     operand = hopper.transforms(dtype, tile, COLUMNS)
-    slots = 2 if whole.rows <= 8 else 1
+    slots = _slots(whole)
 
     def kernel(x_ref, values_ref, indices_ref, y_ref, weight):
         part, row, column = (lax.axis_index(name) for name in ("part", "row", "column"))

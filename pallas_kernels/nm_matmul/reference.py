@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.sums import matmul as multiply
+
 
 def dense(values, indices, n: int, m: int):
     """The dense weight `(K, N)` of an N:M one."""
@@ -19,5 +21,4 @@ def dense(values, indices, n: int, m: int):
 
 def matmul(x, values, indices, n: int, m: int):
     """`x @ W`: `(M, K)` to `(M, N)`."""
-    weight = dense(values, indices, n, m)
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    return multiply(x, dense(values, indices, n, m))

@@ -7,6 +7,7 @@ batch. XLA does not fuse it into the dot, so with a small batch the dense produc
 import jax.numpy as jnp
 
 from pallas_kernels.nm_matmul.layout import unpack
+from pallas_kernels.sums import matmul as multiply
 
 # Comparing every entry of a group with every position is fast while there are few; XLA's scatter and gather, slow on
 # CPUs, visit each entry once.
@@ -45,5 +46,4 @@ def sample(dense, indices, n: int, m: int):
 
 def matmul(x, values, indices, n: int, m: int):
     """`x @ W`: `(M, K)` to `(M, N)`."""
-    weight = decompress(values, indices, n, m)
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    return multiply(x, decompress(values, indices, n, m))

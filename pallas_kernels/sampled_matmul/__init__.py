@@ -29,7 +29,7 @@ def sampled_matmul(a, b, rows, cols, *, implementation: str | None = None):
       implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that the device and shapes allow.
 
     Returns:
-      `(nnz,)` in the promoted dtype of `a` and `b`; sums are in float32.
+      `(nnz,)` in the promoted dtype of `a` and `b`; sums are in at least float32.
 
     Raises:
       ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
@@ -62,7 +62,7 @@ def block_sampled_matmul(a, b, indices, block: tuple[int, int], *, implementatio
       implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that the device and shapes allow.
 
     Returns:
-      `(N / bn, L, bm, bn)` in the promoted dtype of `a` and `b`, zero in padding; sums are in float32.
+      `(N / bn, L, bm, bn)` in the promoted dtype of `a` and `b`, zero in padding; sums are in at least float32.
 
     Raises:
       ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
@@ -74,9 +74,10 @@ def block_sampled_matmul(a, b, indices, block: tuple[int, int], *, implementatio
         raise ValueError(
             f"the block's sides must divide the product's shape ({a.shape[0]}, {b.shape[1]}), got {block}"
         )
-    if indices.ndim != 2 or indices.shape[0] != b.shape[1] // block[1]:
+    if indices.ndim != 2 or indices.shape[0] != b.shape[1] // block[1] or 0 in indices.shape:
         raise ValueError(
-            f"indices must have a row for each of the {b.shape[1] // block[1]} block columns, got shape {indices.shape}"
+            f"indices must have a row of at least one for each of the {b.shape[1] // block[1]} block columns, at least "
+            f"one, got shape {indices.shape}"
         )
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices must be integers, got {indices.dtype}")

@@ -2,16 +2,17 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.sums import matmul
+
 
 def sampled(a, b, rows, cols):
     """`(a @ b)[rows, cols]`."""
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)[rows, cols].astype(a.dtype)
+    return matmul(a, b)[rows, cols]
 
 
 def block_sampled(x, g, indices, block: tuple[int, int]):
     """The stored blocks of `x.T @ g`: `(T, M)` and `(T, N)` to `(N / bn, L, bm, bn)`."""
     (height, width), columns = block, jnp.arange(indices.shape[0])[:, None]
-    whole = jnp.matmul(x.T, g, preferred_element_type=jnp.float32).astype(x.dtype)
-    whole = whole.reshape(-1, height, g.shape[1] // width, width).transpose(0, 2, 1, 3)
+    whole = matmul(x.T, g).reshape(-1, height, g.shape[1] // width, width).transpose(0, 2, 1, 3)
     found = whole[jnp.maximum(indices, 0), columns]
     return jnp.where((indices >= 0)[..., None, None], found, 0)

@@ -10,6 +10,7 @@ from jax import lax
 from pallas_kernels.block_sparse_matmul.schedule import schedule
 from pallas_kernels.block_sparse_matmul.xla import chunk_size, gather_blocks, pad
 from pallas_kernels.meshes import vary
+from pallas_kernels.sums import matmul, sum_dtype
 
 DENSE = 32
 
@@ -17,12 +18,12 @@ DENSE = 32
 def sampled(a, b, rows, cols):
     """`(a @ b)[rows, cols]`: `(M, K)`, `(K, N)` and two `(nnz,)` to `(nnz,)`."""
     if rows.size * DENSE > a.shape[0] * b.shape[1]:
-        return jnp.matmul(a, b, preferred_element_type=jnp.float32)[rows, cols].astype(a.dtype)
+        return matmul(a, b)[rows, cols]
     columns = b.T
 
     def dots(positions):
         row, col = positions
-        return jnp.einsum("pk,pk->p", a[row], columns[col], preferred_element_type=jnp.float32)
+        return jnp.einsum("pk,pk->p", a[row], columns[col], preferred_element_type=sum_dtype(a.dtype))
 
     return _chunked(dots, a.shape[1], rows, cols).astype(a.dtype)
 
@@ -35,8 +36,8 @@ def scattered_matmul(values, rows, cols, b, height: int):
       b: `(N, K)`.
     """
     if rows.size * DENSE > height * b.shape[0]:
-        weight = jnp.zeros((height, b.shape[0]), jnp.float32).at[rows, cols].add(values)
-        return jnp.matmul(weight.astype(b.dtype), b, preferred_element_type=jnp.float32).astype(b.dtype)
+        weight = jnp.zeros((height, b.shape[0]), sum_dtype(b.dtype)).at[rows, cols].add(values)
+        return matmul(weight.astype(b.dtype), b)
     chunk = chunk_size(rows.size, b.shape[1])
     # A row beyond the last: what is added there is dropped.
     chunks = [
@@ -47,7 +48,7 @@ def scattered_matmul(values, rows, cols, b, height: int):
         value, row, col = entries
         return y.at[row].add(value[:, None].astype(y.dtype) * b[col], mode="drop"), None
 
-    y = vary(jnp.zeros((height, b.shape[1]), jnp.float32), values, b)
+    y = vary(jnp.zeros((height, b.shape[1]), sum_dtype(b.dtype)), values, b)
     y, _ = lax.scan(one_chunk, y, tuple(chunks))
     return y.astype(b.dtype)
 
@@ -66,7 +67,7 @@ def block_sampled(x, g, indices, block: tuple[int, int]):
             "cmk,cmn->ckn",
             gather_blocks(x, row, height),
             gather_blocks(g, column, width),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=sum_dtype(x.dtype),
         )
         return out.at[at].set(blocks.astype(out.dtype), mode="drop")
 

@@ -6,16 +6,19 @@ filters that keep the same spatial positions in all input channels, and packs fi
 as SparseByteNN does with its filter groups; its products are dense over the channels.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import dispatch
 from pallas_kernels.meshes import on_mesh
 from pallas_kernels.sparse_conv.geometry import as_pair, lengths, pads_of
 from pallas_kernels.sparse_conv.pack import pack_pattern, pack_pointwise
+from pallas_kernels.sums import matmul
 
 __all__ = ["pack_pattern", "pack_pointwise", "pattern_conv", "sparse_conv"]
 
@@ -36,13 +39,15 @@ def sparse_conv(
       implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that the device and shapes allow.
 
     Returns:
-      `(batch, H', W', features)` in the promoted dtype of `x` and `values`; sums are in float32.
+      `(batch, H', W', features)` in the promoted dtype of `x` and `values`; sums are in at least float32.
 
     Raises:
-      ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
+      ValueError: one sentence, if the shapes do not fit together, an index is out of range (outside `jax.jit`) or the
+        named implementation cannot run here.
     """
+    x, values, indices = (jnp.asarray(array) for array in (x, values, indices))
     _check_input(x, values, "values", 3, "(blocks, slots, output channels of a block)")
-    _check_indices("indices", indices, values.shape[:2])
+    _check_indices("indices", indices, values.shape[:2], x.shape[3], "input channels")
     blocks, _, width = values.shape
     if not (blocks - 1) * width < features <= blocks * width:
         raise ValueError(
@@ -90,21 +95,23 @@ def pattern_conv(
       implementation: one of `dispatch.IMPLEMENTATIONS`; None takes the fastest that the device and shapes allow.
 
     Returns:
-      `(batch, H', W', features)` in the promoted dtype of `x` and `values`; sums are in float32.
+      `(batch, H', W', features)` in the promoted dtype of `x` and `values`; sums are in at least float32.
 
     Raises:
-      ValueError: one sentence, if the shapes do not fit together or the named implementation cannot run here.
+      ValueError: one sentence, if the shapes do not fit together, an index is out of range (outside `jax.jit`) or the
+        named implementation cannot run here.
     """
+    x, values, positions, channels = (jnp.asarray(array) for array in (x, values, positions, channels))
+    kernel_size, strides = as_pair("kernel_size", kernel_size), as_pair("strides", strides)
+    if features < 1:
+        raise ValueError(f"features must be at least 1, got {features}")
     _check_input(x, values, "values", 4, "(blocks, positions, input channels, filters of a block)")
-    _check_indices("positions", positions, values.shape[:2])
-    _check_indices("channels", channels, (values.shape[0], values.shape[3]))
+    _check_indices("positions", positions, values.shape[:2], math.prod(kernel_size), "positions")
+    _check_indices("channels", channels, (values.shape[0], values.shape[3]), features, "output channels")
     if values.shape[2] != x.shape[3]:
         raise ValueError(
             f"x must have the filters' {values.shape[2]} input channels, but its shape is {x.shape}"
         )
-    if features < 1:
-        raise ValueError(f"features must be at least 1, got {features}")
-    kernel_size, strides = as_pair("kernel_size", kernel_size), as_pair("strides", strides)
     pads = pads_of(x.shape, kernel_size, strides, padding)
     dtype = jnp.result_type(x, values)
 
@@ -136,10 +143,16 @@ def _check_input(x, values, name, ndim, axes):
         raise ValueError(f"{name} must be floats of shape {axes}, got {values.dtype} of shape {values.shape}")
 
 
-def _check_indices(name, indices, shape):
+def _check_indices(name, indices, shape, count, things):
+    """Outside `jax.jit` indices must also be among the `count` things that they address."""
     if indices.shape != shape or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(
             f"{name} must be integers of shape {shape}, got {indices.dtype} of shape {indices.shape}"
+        )
+    if not isinstance(indices, jax.core.Tracer) and len(wrong := np.argwhere(np.asarray(indices) >= count)):
+        block, at = wrong[0]
+        raise ValueError(
+            f"{name} must be below the {count} {things}, but block {block} has {indices[block, at]}"
         )
 
 
@@ -171,10 +184,8 @@ def _pointwise_backward(implementation, saved, g):
     reference = dispatch.module(OP, "reference")
     blocks, _, width = values.shape
     kernel = reference.pointwise_kernel(values, indices, pixels.shape[0], blocks * width)
-    dx = jnp.matmul(kernel, g, preferred_element_type=jnp.float32)
-    whole = jnp.matmul(pixels, g.T, preferred_element_type=jnp.float32).reshape(-1, blocks, width)
-    found = whole[jnp.maximum(indices, 0), jnp.arange(blocks)[:, None]]
-    return dx.astype(pixels.dtype), found.astype(values.dtype), None
+    whole = matmul(pixels, g.T).reshape(-1, blocks, width)
+    return matmul(kernel, g), whole[jnp.maximum(indices, 0), jnp.arange(blocks)[:, None]], None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

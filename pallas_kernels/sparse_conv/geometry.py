@@ -1,5 +1,8 @@
 """Strides, padding and sizes of convolutions, and the copies of an image in which positions become whole rows."""
 
+import numbers
+import operator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -9,22 +12,34 @@ from jax import lax
 
 def as_pair(name: str, value) -> tuple[int, int]:
     """An integer or a pair of them as a pair; ValueError unless they are at least 1."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = _integers((value, value) if isinstance(value, numbers.Integral) else value)
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"{name} must be one or two integers of at least 1, got {value}")
     return pair
+
+
+def _integers(values) -> tuple[int, ...]:
+    """The integers in a sequence; none if it is no sequence of integers."""
+    try:
+        return tuple(map(operator.index, values))
+    except TypeError:
+        return ()
 
 
 def pads_of(shape, kernel_size, strides, padding):
     """The padding `((low, high), (low, high))` of images `(batch, H, W, I)`; ValueError if it cannot be."""
     if isinstance(padding, str):
         if padding.upper() not in ("SAME", "VALID", "SAME_LOWER"):
-            raise ValueError(f"padding must be SAME, SAME_LOWER, VALID or pairs of integers, got {padding!r}")
+            raise ValueError(
+                f"padding must be SAME, SAME_LOWER, VALID or two pairs of integers of at least 0, got {padding!r}"
+            )
         pads = lax.padtype_to_pads(shape[1:3], kernel_size, strides, padding.upper())
     else:
-        pads = tuple(tuple(pair) for pair in padding)
+        pads = tuple(map(_integers, padding)) if isinstance(padding, Iterable) else ()
         if len(pads) != 2 or any(len(pair) != 2 or min(pair) < 0 for pair in pads):
-            raise ValueError(f"padding must be two pairs of integers of at least 0, got {padding}")
+            raise ValueError(
+                f"padding must be SAME, SAME_LOWER, VALID or two pairs of integers of at least 0, got {padding}"
+            )
     padded = [size + sum(pair) for size, pair in zip(shape[1:3], pads, strict=True)]
     if any(size < kernel for size, kernel in zip(padded, kernel_size, strict=True)):
         raise ValueError(

@@ -39,7 +39,7 @@ def pointwise_reason(pixels, values, dtype):
 def pattern_reason(x, values, kernel_size, strides, dtype):
     """Why packed filters of this shape cannot run on padded images, or None."""
     del kernel_size, strides
-    limit = hopper.MAX_WIDTH * 2 // max(2, jnp.dtype(dtype).itemsize)  # whose tiles fit into shared memory
+    limit = hopper.max_width(dtype)
     if values[3] > limit:
         return f"blocks may have at most {limit} filters, got {values[3]}"
     if not x[0]:

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.sums import sum_dtype
+
 
 def pointwise_kernel(values, indices, inputs: int, features: int):
     """The dense kernel `(I, features)` of a packed 1 x 1 one."""
@@ -33,7 +35,7 @@ def convolve(x, kernel, strides, padding):
         strides,
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=sum_dtype(x.dtype),
     ).astype(x.dtype)
 
 

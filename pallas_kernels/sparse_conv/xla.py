@@ -6,6 +6,7 @@ from jax import lax
 
 from pallas_kernels.sparse_conv.geometry import out_size
 from pallas_kernels.sparse_conv.reference import pointwise_kernel
+from pallas_kernels.sums import matmul, sum_dtype
 
 # Gathered elements per chunk of blocks, which XLA multiplies in one batched product while they are in cache.
 CHUNK = 2**17
@@ -20,7 +21,7 @@ def pointwise(pixels, values, indices, lengths):
     (inputs, count), (blocks, slots, width) = pixels.shape, values.shape
     if slots * (1 + GATHER / width) > inputs:
         kernel = pointwise_kernel(values, indices, inputs, blocks * width)
-        return jnp.matmul(kernel.T, pixels, preferred_element_type=jnp.float32).astype(pixels.dtype)
+        return matmul(kernel.T, pixels)
     chunk = max(1, min(blocks, CHUNK // max(1, slots * count)))
     fill = (0, -blocks % chunk), (0, 0)
     indices = jnp.pad(indices, fill).reshape(-1, chunk, slots)
@@ -28,7 +29,7 @@ def pointwise(pixels, values, indices, lengths):
 
     def one_chunk(arrays):
         rows = jnp.take(pixels, arrays[0], axis=0, mode="clip")
-        return jnp.einsum("clp,clr->crp", rows, arrays[1], preferred_element_type=jnp.float32)
+        return jnp.einsum("clp,clr->crp", rows, arrays[1], preferred_element_type=sum_dtype(rows.dtype))
 
     y = lax.map(one_chunk, (indices, values)).astype(pixels.dtype)
     return y.reshape(-1, count)[: blocks * width]
@@ -56,7 +57,7 @@ def pattern(x, values, positions, lengths, kernel_size, strides):
             "nhwk,kr->nhwr",
             jnp.concatenate(images, axis=-1),
             weights.reshape(-1, width),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=sum_dtype(x.dtype),
         ).astype(x.dtype)
 
     y = lax.map(one_block, (values, positions))

@@ -38,11 +38,12 @@ def spgemm(a, b, *, columns: int, plan=None, capacity=None, products=None, imple
 
     Returns:
       `(data (capacity,), indices (capacity,), indptr (M + 1,))` of the product, in the promoted dtype of both, with
-      ascending columns; sums are in float32. `indptr[-1] > capacity` says that a bound was too small.
+      ascending columns; sums are in at least float32. `indptr[-1] > capacity` says that a bound was too small.
 
     Raises:
       ValueError: one sentence, if the arrays do not fit together or the named implementation cannot run here.
     """
+    a, b = (tuple(each if hasattr(each, "dtype") else jnp.asarray(each) for each in csr) for csr in (a, b))
     check_csr("a", a)
     check_csr("b", b)
     if plan is None:
@@ -61,7 +62,8 @@ def spgemm(a, b, *, columns: int, plan=None, capacity=None, products=None, imple
     def run(x, y, *arrays):
         *indices, left, right, target = arrays
         places = tuple(coordinates(*indices[i : i + 2]) for i in (0, 2, 4))
-        return _product(x.astype(dtype), y.astype(dtype), places, (left, right, target), sizes, name)
+        x, y = (jnp.asarray(each, dtype) for each in (x, y))
+        return _product(x, y, places, (left, right, target), sizes, name)
 
     data = on_mesh(run, lambda *_: PartitionSpec(None), a[0], b[0], *a[1:], *b[1:], *plan)
     return data, plan.indices, plan.indptr

@@ -2,10 +2,13 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.sums import matmul, sum_dtype
+
 
 def dense(values, place, shape):
     """The dense matrix with `values` at the rows and columns `place`; padding, in rows beyond the last, is dropped."""
-    return jnp.zeros(shape, jnp.float32).at[place].add(values, mode="drop").astype(values.dtype)
+    whole = jnp.zeros(shape, sum_dtype(values.dtype))
+    return whole.at[place].add(values, mode="drop").astype(values.dtype)
 
 
 def at(whole, place):
@@ -18,4 +21,4 @@ def product(x, y, places, lists, sizes):
     del lists
     m, k, n = sizes
     x, y = dense(x, places[0], (m, k)), dense(y, places[1], (k, n))
-    return at(jnp.matmul(x, y, preferred_element_type=jnp.float32), places[2]).astype(x.dtype)
+    return at(matmul(x, y), places[2])

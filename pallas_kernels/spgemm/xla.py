@@ -7,6 +7,7 @@ and the product are laid out in full.
 import jax.numpy as jnp
 
 from pallas_kernels.spgemm import reference
+from pallas_kernels.sums import sum_dtype
 
 
 def product(x, y, places, lists, sizes):
@@ -16,9 +17,9 @@ def product(x, y, places, lists, sizes):
         return reference.product(x, y, places, lists, sizes)
     # Any of the three may be the one whose padding lies beyond the last entry: it adds nothing.
     terms = _take(x, left) * _take(y, right)
-    sums = jnp.zeros(places[2][0].size, jnp.float32).at[target].add(terms, mode="drop")
+    sums = jnp.zeros(places[2][0].size, terms.dtype).at[target].add(terms, mode="drop")
     return sums.astype(x.dtype)
 
 
 def _take(values, places):
-    return jnp.asarray(values).at[places].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return values.at[places].get(mode="fill", fill_value=0).astype(sum_dtype(values.dtype))

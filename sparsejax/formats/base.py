@@ -84,6 +84,12 @@ class Packed:
         """Raises ValueError, naming `name`, unless the leaves are of the format; host only."""
         raise NotImplementedError
 
+    def __array__(self, dtype=None, copy=None):
+        """For `np.asarray`: the dense array on the host, always a copy."""
+        if copy is False:
+            raise ValueError(f"{self!r} is packed, so that its dense array is a copy")
+        return np.asarray(self.to_dense(), dtype)
+
     def __repr__(self):
         data = getattr(self, self.DATA)
         dtype = getattr(data, "dtype", "?")  # transformed trees hold anything in place of leaves
@@ -126,9 +132,22 @@ def check_pair(w, mask, name: str) -> None:
         raise ValueError(f"{name} of shape {w.shape} holds nothing that a format could pack")
     if w.size > MAX_SIZE:
         raise ValueError(f"{name} has {w.size} entries, but formats hold at most {MAX_SIZE}")
+    check_mask(w, mask, name)
+
+
+def check_mask(w, mask, name: str) -> None:
+    """Raises ValueError unless `mask` has the shape of `w`."""
     if mask.shape != w.shape:
         raise ValueError(
             f"the mask of {name} has shape {mask.shape}, but it must be of the weight's shape {w.shape}"
+        )
+
+
+def check_shape(shape, name: str) -> None:
+    """Raises ValueError unless a format can have this shape: at least one axis, from 1 to 2**31 - 1 entries."""
+    if not shape or min(shape) < 1 or math.prod(shape) > MAX_SIZE:
+        raise ValueError(
+            f"the shape of {name} must have at least one axis and from 1 to {MAX_SIZE} entries, got {shape}"
         )
 
 

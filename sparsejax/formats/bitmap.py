@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sparsejax.formats.base import Packed, expect, on_host, register, static
+from sparsejax.formats.base import Packed, check_shape, expect, on_host, register, static
 
 
 @register
@@ -66,6 +66,7 @@ class BitmapArray(Packed):
         return self._bits().ravel()[: self.size].reshape(self.shape)
 
     def check(self, name="array"):
+        check_shape(self.shape, name)
         expect(name, "bitmap", self.bitmap, (-(-self.size // 8),), "uint8")
         bits = np.unpackbits(np.asarray(self.bitmap), bitorder="little")
         if bits[self.size :].any():

@@ -18,6 +18,7 @@ import numpy as np
 
 from sparsejax.formats.base import (
     Packed,
+    check_shape,
     expect,
     index_of,
     inner_rows,
@@ -91,7 +92,9 @@ class BlockSparseArray(Packed):
         if block is None:
             block = find_block(mask_host, inner_rows(shape))
             if block == (1, 1):
-                raise ValueError(f"{name} keeps no whole blocks of two or more weights")
+                raise ValueError(
+                    f"{name} keeps no whole blocks of two or more weights" + _difference(mask_host, shape)
+                )
         keeps = _kept_blocks(mask_host, shape, block, name)
         (bk, bn), (rows, columns) = block, keeps.shape
         counts = keeps.sum(axis=0)
@@ -175,9 +178,10 @@ class BlockSparseArray(Packed):
         return jnp.broadcast_to(keeps[:, None, :, None], (rows, bk, columns, bn)).reshape(self.shape)
 
     def check(self, name="array"):
+        check_shape(self.shape, name)
         _check_divides(self.shape, self.block, name)
         rows, columns = _grid(self.shape, self.block)
-        length = self.indices.shape[-1]
+        length = self.blocks.shape[1] if self.blocks.ndim == 4 else 1
         expect(name, "indices", self.indices, (columns, length), "int32")
         expect(name, "blocks", self.blocks, (columns, length, *self.block))
         found = np.asarray(self.indices)
@@ -205,6 +209,22 @@ def find_block(mask, inner: int) -> tuple[int, int]:
         _side(np.flatnonzero((mask[1:] != mask[:-1]).any(axis=1)) + 1, inner),
         _side(np.flatnonzero((mask[:, 1:] != mask[:, :-1]).any(axis=0)) + 1, mask.shape[1]),
     )
+
+
+def _difference(mask, shape) -> str:
+    """For errors: the first neighbours along the last two axes of which one weight is kept and the other is not."""
+    below = mask[1:] != mask[:-1]
+    below[inner_rows(shape) - 1 :: inner_rows(shape)] = False  # neighbours in the matrix view alone
+    beside = mask[:, 1:] != mask[:, :-1]
+    found = [
+        (*np.argwhere(each)[0], *step) for each, step in ((beside, (0, 1)), (below, (1, 0))) if each.any()
+    ]
+    if not found:
+        return ""
+    row, column, down, right = min(found)
+    pair = index_of(row, column, shape), index_of(row + down, column + right, shape)
+    kept, dropped = pair if mask[row, column] else pair[::-1]
+    return f": it keeps the one at {kept} and not its neighbour at {dropped}"
 
 
 def _side(changes, length: int) -> int:

@@ -12,7 +12,7 @@ Kernels take `indices`, the inputs as int32. `sparsejax.formats.to_scipy` gives 
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.formats.base import Packed, expect, on_host, register, static
+from sparsejax.formats.base import Packed, check_shape, expect, on_host, register, static
 
 
 @register
@@ -80,6 +80,7 @@ class CSRArray(Packed):
         return self._scatter(jnp.ones(self.data.shape, bool))
 
     def check(self, name="array"):
+        check_shape(self.shape, name)
         k, n = self.matrix_shape
         entries = self.data.size
         expect(name, "data", self.data, (entries,))

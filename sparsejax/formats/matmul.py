@@ -16,18 +16,19 @@ def matmul(x, w):
 
     Weights of more than two axes are taken as their matrix view (the last axis against all others): a
     convolution's kernel multiplies patches. It may be differentiated with respect to `x` and to the weights; with
-    integer leaves around, `jax.grad` wants the latter alone: `lambda data: matmul(x, w.with_data(data))`.
+    integer leaves around, `jax.grad` wants the latter alone: `lambda data: matmul(x, w.with_data(data))`. Of N:M, block
+    and CSR weights there are no forward-mode derivatives (`jax.jvp`).
 
     Args:
       x: dense `(..., K)`.
-      w: dense, or an `NMArray`, `BlockSparseArray`, `BitmapArray`, `CSRArray` or `GroupQuantisedArray`, with the
-        matrix view `(K, N)`.
+      w: dense, or an `NMArray`, `BlockSparseArray`, `BitmapArray`, `CSRArray` or `GroupQuantisedArray` of floats, with
+        the matrix view `(K, N)`.
 
     Returns:
       `(..., N)` of the dtype that `x` and `w` promote to.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or packed weights are no floats.
     """
     x = jnp.asarray(x)
     w = w if is_packed(w) else jnp.asarray(w)
@@ -38,6 +39,8 @@ def matmul(x, w):
         )
     if not is_packed(w):
         return _dense(x, w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"packed weights must be floats to be multiplied, but those of {w!r} are {w.dtype}")
     return _PRODUCTS[type(w)](x, w)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from sparsejax.formats.base import (
     Packed,
     check_pair,
+    check_shape,
     expect,
     index_of,
     inner_rows,
@@ -138,6 +139,7 @@ class NMArray(Packed):
         return self._scatter(jnp.ones(self.values.shape, bool), False)
 
     def check(self, name="array"):
+        check_shape(self.shape, name)
         _check_divides(self.shape, self.n, self.m, name)
         k, columns = self.matrix_shape
         entries = k // self.m * self.n

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.formats.base import Packed, inner_rows, is_packed, matrix_shape, on_host
+from sparsejax.formats.base import Packed, check_mask, inner_rows, is_packed, matrix_shape, on_host
 from sparsejax.formats.bitmap import BitmapArray
 from sparsejax.formats.block import BlockSparseArray, ell_length, find_block
 from sparsejax.formats.csr import CSRArray, input_dtype
@@ -98,6 +98,11 @@ def pack(w, mask, format: str | None = None, *, name: str = "weight"):
       ValueError: for an unknown format, a mask that is not of the format's pattern (with the first violation),
         or under `jax.jit` (but for N:M with N and M given).
     """
+    if is_packed(w):
+        raise ValueError(
+            f"{name} is packed already, as {w.format}; sparsejax.formats.convert changes the format"
+        )
+    w, mask = (each if hasattr(each, "dtype") else jnp.asarray(each) for each in (w, mask))
     if not is_sparsified(mask):
         return jnp.asarray(w)
     return _build(w, mask, format or _pick(w, mask, name)[0], name)
@@ -162,6 +167,7 @@ def convert(w: Packed, format: str, *, name: str = "weight"):
 
 def _build(w, mask, format: str, name: str):
     if format == "dense":
+        check_mask(w, mask, name)
         return mask_weight(jnp.asarray(w), jnp.asarray(mask))
     if format in FORMATS:
         return FORMATS[format].from_dense(w, mask, name=name)

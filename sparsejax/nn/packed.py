@@ -1,6 +1,7 @@
 """Layers whose parameters may be packed: `model.apply({"params": sparsejax.pack(params, masks)[0]}, x)`.
 
-`Dense`, and `Conv` where its kernel has one pixel, multiply by the packed kernel as it is (`sparsejax.matmul`).
+`Dense`, and `Conv` where its kernel has one pixel, multiply by the packed kernel as it is (`sparsejax.matmul`), unless
+they name a `precision`.
 Every other parameter is unpacked when its layer is called: that saves memory, and no time.
 """
 
@@ -45,7 +46,7 @@ class PackedKernel(linen.Module):
         kernel = packed_param(self, "kernel")
         if kernel is None or is_sparsified(self.get_variable("masks", "kernel", True)):
             return super().__call__(inputs)
-        x = self._pixels(inputs, kernel)
+        x = self._pixels(inputs, kernel) if self.precision is None else None
         if x is None:
             return super().__call__(inputs)
         bias = None

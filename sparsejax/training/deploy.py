@@ -16,7 +16,7 @@ from absl import logging
 from tqdm import tqdm
 
 import sparsejax
-from pallas_kernels.timing import max_error, measure
+from pallas_kernels.timing import max_error, measure, waiting
 from sparsejax import flops, formats
 from sparsejax.masks import apply_masks, densities, is_sparsified, map_with_name, sparsity
 from sparsejax.patterns import parse
@@ -136,10 +136,7 @@ def _costs(network: Network, macs: Mapping[str, int], inputs) -> dict[str, Any]:
 def _latencies(forward, dense, packed, inputs) -> dict[str, float]:
     """Milliseconds per batch, the median of many, measured alternately."""
     variables = {"dense": dense, "packed": packed}
-    calls = {
-        name: lambda tree=tree: jax.block_until_ready(forward(tree, inputs))
-        for name, tree in variables.items()
-    }
+    calls = {name: waiting(lambda tree=tree: forward(tree, inputs)) for name, tree in variables.items()}
     return measure(calls, REPEATS)
 
 

@@ -102,8 +102,23 @@ def test_bad_blocks():
     message = "a/kernel does not keep or drop whole 4x6 blocks: the one from (1, 4, 6) keeps 23 of 24 weights"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         pack("block:4x6")
-    with pytest.raises(ValueError, match="^a/kernel keeps no whole blocks of two or more weights$"):
+    message = "a/kernel keeps no whole blocks of two or more weights: it keeps the one at "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}.* and not its neighbour at "):
         pack("block")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kept", "dropped"),
+    [([(1, 3)], (0, 3), (1, 3)), ([(0, 0)], (0, 1), (0, 0)), ([(3, 3)], (2, 3), (3, 3))],
+)
+def test_the_first_neighbours_that_differ(wrong, kept, dropped):
+    mask = np.ones((4, 4), bool)
+    mask[tuple(zip(*wrong, strict=True))] = False
+    message = f": it keeps the one at {kept} and not its neighbour at {dropped}"
+    with pytest.raises(ValueError, match=f"{re.escape(message)}$"):
+        formats.pack(np.ones((4, 4)), mask, "block")
+    with pytest.raises(ValueError, match="^weight keeps no whole blocks of two or more weights$"):
+        formats.pack(np.ones((4, 1)).reshape(4, 1, 1), mask[:, :1].reshape(4, 1, 1), "block")
 
 
 @pytest.mark.parametrize(

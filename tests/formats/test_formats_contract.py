@@ -240,6 +240,27 @@ def test_soft_masks_scale(format):
 
 
 @pytest.mark.parametrize("format", CASES)
+def test_numpy_sees_the_dense_array(format):
+    _, _, packed = example(format, CASES[format][1][0])
+    found = np.asarray(packed)
+    assert found.dtype == packed.dtype
+    np.testing.assert_array_equal(found, packed.to_dense())
+    assert np.array(packed, np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="is packed, so that its dense array is a copy$"):
+        np.asarray(packed, copy=False)
+
+
+@pytest.mark.parametrize("format", CASES)
+def test_integers_are_no_weights(format):
+    w, mask, _ = example(format, CASES[format][1][0])
+    packed = formats.pack(jnp.ones(w.shape, jnp.int8), mask, format)
+    with pytest.raises(
+        ValueError, match="^packed weights must be floats to be multiplied, but those of .* are int8$"
+    ):
+        formats.matmul(jnp.ones((2, packed.matrix_shape[0])), packed)
+
+
+@pytest.mark.parametrize("format", CASES)
 def test_bad_input(format):
     w, mask, packed = example(format, CASES[format][1][0])
     message = f"the mask of a/kernel has shape (3,), but it must be of the weight's shape {w.shape}"

@@ -100,6 +100,9 @@ def test_files_of_others_are_dense_trees(tmp_path):
             {"a": jnp.ones(2, jnp.float8_e4m3fn)},
             "a has dtype float8_e4m3fn, which cannot be saved (known: bool, bf",
         ),
+        ({"a": jax.random.key(0)}, "a has dtype key<fry>, which cannot be saved (known: bool, bf"),
+        ({"a": np.ones(1)}, "a is float64, which could be loaded only with jax_enable_x64"),
+        ({"a": 1}, "a is int64, which could be loaded only with jax_enable_x64"),
     ],
 )
 def test_trees_that_cannot_be_saved(tmp_path, bad, message):
@@ -135,6 +138,35 @@ def broken(tmp_path, change):
         ),
         (lambda t, a, h: t["k/indices"].fill(1), "indices of k do not ascend inside every group of 2:4"),
         (lambda t, a, h: h.update(version=2), "has version 2 of packed formats, but this is 1"),
+        (lambda t, a, h: h.pop("version"), "must be an object with a version and an object of arrays"),
+        (lambda t, a, h: h.pop("arrays"), "must be an object with a version and an object of arrays"),
+        (lambda t, a, h: h.update(arrays=[]), "must be an object with a version and an object of arrays"),
+        (lambda t, a, h: h["arrays"].update(k=[1]), "must say what k is in an object, got [1]"),
+        (lambda t, a, h: h["arrays"].update(k=None), "must say what k is in an object, got None"),
+        (lambda t, a, h: a.update(format=[1]), "unknown format of k [1]"),
+        (lambda t, a, h: a.update(dtype=[1]), "k in the file should be [1], but its values are float32"),
+        *(
+            (
+                lambda t, a, h, wrong=wrong: a.update(shape=wrong),
+                f"shape of k must be a list of integers, got {wrong!r}",
+            )
+            for wrong in (4, None, "44", ["4", 4], [[4], 4], [4.0, 2], [True, 2])
+        ),
+        *(
+            (
+                lambda t, a, h, wrong=wrong: a.update(shape=wrong),
+                "the shape of k must have at least one axis and from 1 ",
+            )
+            for wrong in ([], [-4, -2], [4, 0], [2**40, 2])
+        ),
+        *(
+            (lambda t, a, h, wrong=wrong: a.update(n=wrong), f"n of k must be an integer, got {wrong!r}")
+            for wrong in ("2", None, 2.0, [2], True)
+        ),
+        (
+            lambda t, a, h: a.update(m=2**70),
+            "k cannot be packed as 2:1180591620717411303424: m must be a power",
+        ),
         (
             lambda t, a, h: t.update({"k/x": np.ones(1)}),
             "k/x in the file is float64, which needs jax_enable_x64",
@@ -143,8 +175,85 @@ def broken(tmp_path, change):
     ],
 )
 def test_broken_files(tmp_path, change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        formats.load(broken(tmp_path, change))
+    assert message in refusal(broken(tmp_path, change))
+
+
+def refusal(path):
+    """The sentence with which a file is refused, which names it."""
+    with pytest.raises(ValueError) as error:
+        formats.load(path)
+    start = f"{path} cannot be loaded: "
+    assert str(error.value).startswith(start) and "\n" not in str(error.value)
+    return str(error.value)[len(start) :]
+
+
+@pytest.mark.parametrize(
+    ("about", "leaves", "message"),
+    [
+        (
+            {"format": "bitmap", "shape": [-2, -2]},
+            {"bitmap": np.ones(1, np.uint8)},
+            "the shape of k must have at",
+        ),
+        (
+            {"format": "csr", "shape": [2**33, 2]},
+            {"inputs": "i4", "indptr": "i4"},
+            "the shape of k must have at ",
+        ),
+        (
+            {"format": "csr", "shape": [2**62, 4]},
+            {"inputs": "i4", "indptr": "i4"},
+            "the shape of k must have at ",
+        ),
+        (
+            {"format": "csr", "shape": [4, -1]},
+            {"inputs": "u2", "indptr": "i4"},
+            "the shape of k must have at ",
+        ),
+        (
+            {"format": "block", "shape": [2, 2], "block": [2, 2]},
+            {"blocks": np.ones((1, 1, 2, 2), "f4"), "indices": np.zeros((), "i4")},
+            "indices of k must have shape (1, 1), but its shape is ()",
+        ),
+        (
+            {"format": "block", "shape": [2, 2], "block": [2, 2]},
+            {"blocks": np.ones((2, 2), "f4"), "indices": np.zeros((1, 1), "i4")},
+            "blocks of k must have shape (1, 1, 2, 2), but its shape is (2, 2)",
+        ),
+        (
+            {"format": "block", "shape": [4, 0], "block": [2, 2]},
+            {"blocks": np.ones((0, 1, 2, 2), "f4"), "indices": np.zeros((0, 1), "i4")},
+            "the shape of k must have at least one axis",
+        ),
+        (
+            {"format": "block", "shape": [2, 2], "block": [2.0, 2]},
+            {"blocks": np.ones((1, 1, 2, 2), "f4"), "indices": np.zeros((1, 1), "i4")},
+            "block of k must be a list of integers, got [2.0, 2]",
+        ),
+    ],
+)
+def test_hostile_metadata(tmp_path, about, leaves, message):
+    leaves = {name: np.ones(2, leaf) if isinstance(leaf, str) else leaf for name, leaf in leaves.items()}
+    if "blocks" not in leaves:
+        leaves["data"] = np.ones(2, "f4")
+    header = {"version": 1, "arrays": {"k": {"dtype": "float32", **about}}}
+    path = tmp_path / "hostile.safetensors"
+    tensors = {f"k/{name}": leaf for name, leaf in leaves.items()}
+    safetensors.numpy.save_file(tensors, path, metadata={"sparsejax.formats": json.dumps(header)})
+    assert refusal(path).startswith(message)
+
+
+def test_metadata_that_is_no_object(tmp_path):
+    path = tmp_path / "text.safetensors"
+    for text in ("{", "[]", "null", "1" * 5000, "[" * 10**5):
+        safetensors.numpy.save_file({"a": np.ones(1, "f4")}, path, metadata={"sparsejax.formats": text})
+        assert refusal(path).startswith("its metadata sparsejax.formats ")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 100])
+def test_files_of_another_kind(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert refusal(tmp_path / "a.safetensors")
 
 
 def test_float64_survives_where_jax_has_it(tmp_path):

@@ -177,6 +177,21 @@ def test_conversions(source):
         chex.assert_trees_all_equal(other.mask(), packed.mask())
 
 
+def test_lists_are_arrays():
+    packed = formats.pack([[1.0, 2.0]], [[True, False]], "csr")
+    assert packed.to_dense().tolist() == [[1.0, 0.0]]
+
+
+def test_what_cannot_be_packed():
+    w, mask = jnp.ones((4, 4)), jnp.ones((4, 4), bool)
+    message = "the mask of weight has shape (4,), but it must be of the weight's shape (4, 4)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        formats.pack(w, mask[0], "dense")
+    message = "weight is packed already, as csr; sparsejax.formats.convert changes the format"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        formats.pack(formats.pack(w, mask, "csr"), mask, "bitmap")
+
+
 def test_bad_input():
     _, params, masks, _ = net()
     with pytest.raises(

@@ -71,6 +71,14 @@ def test_packed_equals_dense(name, pattern, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["Dense", "Conv 1x1"])
+def test_precision_is_kept(name):
+    layer, x, dense, packed = setup(name, "bitmap")
+    exact = layer.clone(precision="highest")
+    for params in (packed, dense):
+        assert "HIGHEST" in str(jax.make_jaxpr(lambda x: exact.apply({"params": params}, x))(x))  # noqa: B023
+
+
+@pytest.mark.parametrize("name", ["Dense", "Conv 1x1"])
 def test_dtypes_and_masks_beside_packed_kernels(name):
     layer, x, dense, packed = setup(name, "2:4")
     half = layer.clone(dtype=jnp.bfloat16)

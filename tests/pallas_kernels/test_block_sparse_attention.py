@@ -153,7 +153,7 @@ def test_tpu_kernels_take_long_lists_in_chunks(monkeypatch):
 @pytest.mark.parametrize("implementation", MODULES)
 def test_the_device_picks_its_kernels(implementation, monkeypatch):
     q, config = jax.ShapeDtypeStruct((1, 8, 4, 128), jnp.bfloat16), Config(128, 64, False, 1.0, None)
-    monkeypatch.setattr(dispatch, f"{implementation[-3:]}_reason", lambda *generations: None)
+    monkeypatch.setattr(dispatch, f"{implementation[-3:]}_reason", lambda *generations, at=None: None)
     assert dispatch.pick("", None, reasons(q, config)) == implementation
     assert dispatch.pick("", None, reasons(q.update(dtype=jnp.float16), config._replace(block_q=32))) == "xla"
 

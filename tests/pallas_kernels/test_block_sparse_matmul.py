@@ -211,6 +211,7 @@ def test_a_weight_without_blocks_is_zero():
     [
         ("pallas_gpu", (4, 2, 40, 64), jnp.bfloat16, "the block rows must be a multiple of 16, got 40"),
         ("pallas_gpu", (4, 2, 64, 512), jnp.bfloat16, "the block width must be at most 256, got 512"),
+        ("pallas_gpu", (4, 2, 64, 208), jnp.float32, "the block width must be at most 200, got 208"),
         ("pallas_gpu", (4, 2, 64, 20), jnp.bfloat16, "the block width must be a multiple of 16, got 20"),
         (
             "pallas_gpu",
@@ -237,6 +238,13 @@ def test_shapes_that_kernels_cannot_tile(name, shape, dtype, message):
     assert KERNELS[name].reason(1, shape, np.dtype(dtype), False) == message
 
 
+def test_the_widest_float32_blocks_fit_into_shared_memory():
+    kernels, shape = KERNELS["pallas_gpu"], (1, 1, 32, 200)
+    assert kernels.reason(300, shape, jnp.float32, False) is None
+    arrays = ((300, 32), jnp.float32), (shape, jnp.float32), ((1, 1), jnp.int32)
+    assert_lowers("pallas_gpu", lambda *args: kernels.matmul(*args, 32), *arrays)
+
+
 def test_bad_input():
     x, _, blocks, indices = operands(2, (4, 3), jnp.float32)
 
@@ -254,6 +262,10 @@ def test_bad_input():
         "indices must be integers of shape (4, 3)"
     )
     assert message(x, blocks[0], indices, rows=12).startswith("blocks must be floats of shape (block columns")
+    for empty in (blocks[:0], blocks[:, :0], blocks[:, :, :0], blocks[..., :0]):
+        assert message(x, empty, indices[: len(empty), : empty.shape[1]], rows=12).startswith(
+            "blocks must be floats of shape (block columns, slots, block rows, block width), none of them 0, got"
+        )
     assert re.match(
         "block_sparse_matmul cannot run 'pallas_tpu' here: it needs a TPU, and JAX runs on",
         message(x, blocks, indices, rows=12, implementation="pallas_tpu"),

@@ -163,6 +163,14 @@ def test_leading_axes_and_mixed_dtypes():
     assert_close(product(x, data, indices.astype(jnp.uint16), indptr), y, "float32")
 
 
+def test_integers_are_promoted():
+    csr = make(5, 7)
+    x = jnp.arange(10).reshape(2, 5)
+    y = pallas_kernels.csr_matmul(x, *parts(csr))
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, pallas_kernels.csr_matmul(x.astype(jnp.float32), *parts(csr)))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_infinities_and_nan_stay(implementation):
     csr = scipy.sparse.csr_array(np.eye(4, dtype=np.float32))
@@ -175,7 +183,8 @@ def test_infinities_and_nan_stay(implementation):
     ("change", "message"),
     [
         ({"x": jnp.ones((2, 0))}, r"x must end with at least one input, but its shape is \(2, 0\)"),
-        ({"x": jnp.ones((2, 5), int)}, "x must be floating, got int32"),
+        ({"x": jnp.ones((2, 5), complex)}, "x must be floating, got complex64"),
+        ({"data": jnp.ones(12, int)}, "data must be floating, got int32"),
         ({"indices": jnp.zeros(3)}, r"data and indices must be two vectors of one length, got shapes"),
         (
             {"indptr": jnp.zeros(())},

@@ -5,6 +5,7 @@ import json
 import math
 import runpy
 import sys
+import time
 
 import pytest
 
@@ -79,6 +80,24 @@ def test_bad_arguments(args, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, capsys, *args)
     assert message in capsys.readouterr().err
+
+
+def test_a_sample_is_as_many_calls_as_take_a_while():
+    seen = []
+
+    def slow():
+        seen.append("slow")
+        time.sleep(2e-3 * timing.SAMPLE)
+
+    fast = timing.waiting(lambda: seen.append("fast"))
+    times = timing.measure({"slow": slow, "fast": fast}, repeats=2)
+    assert seen.count("slow") == 4 and times["slow"] >= 2 * timing.SAMPLE  # to compile, to count, and twice
+    assert seen.count("fast") > 100 and times["fast"] < 0.1
+
+
+def test_four_significant_digits():
+    numbers = 0.0281234, 1.23456, 99.99123, 12345.67, 0.0
+    assert list(map(timing.four_digits, numbers)) == ["0.02812", "1.235", "99.99", "12346", "0.000"]
 
 
 def test_errors_are_relative_to_the_largest_entry():

@@ -291,6 +291,19 @@ def test_shapes_that_kernels_cannot_tile(name, n, m, columns, dtype, message):
     assert KERNELS[name].reason((4, 4 * m), (4 * n, columns), dtype, n, m) == message
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "batch"), [(3, 4, 33), (10, 16, 600), (12, 16, 33), (14, 16, 17), (16, 16, 1)]
+)
+def test_tiles_that_do_not_fit_into_shared_memory(n, m, batch):
+    reason = KERNELS["pallas_gpu"].reason
+    shapes = (32 * m, 32 * n)
+    assert reason((batch, shapes[0]), (shapes[1], 128), jnp.bfloat16, n, m).startswith(
+        f"its tiles must fit into 232448 bytes of shared memory, and {n}:{m} needs "
+    )
+    if batch > 1:
+        assert reason((batch // 2, shapes[0]), (shapes[1], 128), jnp.bfloat16, n, m) is None or batch > 64
+
+
 TRITON = """
 import sys
 import jax.numpy as jnp, numpy as np
@@ -341,8 +354,10 @@ def test_bad_input():
     assert message(n=5) == "n:m must have 0 < n <= m and m a power of two from 2 to 256, got 5:4"
     assert message(x=x[:, :8]) == "x must end with the weight's 12 rows, but its shape is (2, 8)"
     assert message(values=values[:5]).startswith(
-        "values must be floats of shape (groups * 2, columns), got float32"
+        "values must be floats of shape (groups * 2, columns), neither of them 0, got float32"
     )
+    assert message(values=values[:, :0], indices=indices[:, :0]).startswith("values must be floats of shape")
+    assert message(x=x[:, :0], values=values[:0], indices=indices[:0]).startswith("values must be floats of")
     assert (
         message(indices=indices[:1])
         == "the packed indices must be uint8 of shape (2, 5), got uint8 of shape (1, 5)"

@@ -240,7 +240,10 @@ def test_bad_input():
         "the block's sides must divide the product's shape (12, 15), got (5, 5)"
     )
     assert message(block_sampled_matmul, a, b, INDICES[:2], (4, 5)) == (
-        "indices must have a row for each of the 3 block columns, got shape (2, 3)"
+        "indices must have a row of at least one for each of the 3 block columns, at least one, got shape (2, 3)"
+    )
+    assert message(block_sampled_matmul, a, b, INDICES[:, :0], (4, 5)).startswith(
+        "indices must have a row of"
     )
     assert (
         message(block_sampled_matmul, a, b, INDICES * 1.0, (4, 5)) == "indices must be integers, got float32"

@@ -74,6 +74,13 @@ def test_pattern_shapes_that_kernels_cannot_run(name, x, values, message):
     assert KERNELS[name].pattern_reason(x, values, (3, 3), (1, 1), jnp.bfloat16) == message
 
 
+def test_numpys_integers_and_lists():
+    x = images(1, 4, 4, 9)
+    values, indices = pack_pointwise(pointwise(9, 10, 4))
+    found = sparse_conv(x.tolist(), values.tolist(), indices.tolist(), features=10, strides=np.int64(2))
+    np.testing.assert_array_equal(found, sparse_conv(x, values, indices, features=10, strides=2))
+
+
 def error(function, *args, **keywords):
     with pytest.raises(ValueError) as found:
         function(*args, **keywords)
@@ -136,10 +143,17 @@ def test_bad_input():
         "strides must be one or two integers of at least 1, got 0"
     )
     assert error(sparse_conv, x, values, indices, features=10, padding="FULL") == (
-        "padding must be SAME, SAME_LOWER, VALID or pairs of integers, got 'FULL'"
+        "padding must be SAME, SAME_LOWER, VALID or two pairs of integers of at least 0, got 'FULL'"
     )
-    assert error(sparse_conv, x, values, indices, features=10, padding=((1, -1), (0, 0))) == (
-        "padding must be two pairs of integers of at least 0, got ((1, -1), (0, 0))"
+    for padding in (((1, -1), (0, 0)), 0, [1, 1], ((1, 0.5), (0, 0))):
+        assert error(sparse_conv, x, values, indices, features=10, padding=padding) == (
+            f"padding must be SAME, SAME_LOWER, VALID or two pairs of integers of at least 0, got {padding}"
+        )
+    assert error(sparse_conv, x, values, indices, features=10, strides=1.5) == (
+        "strides must be one or two integers of at least 1, got 1.5"
+    )
+    assert error(sparse_conv, x, values, indices.at[1, 0].set(9), features=10) == (
+        "indices must be below the 9 input channels, but block 1 has 9"
     )
     assert error(sparse_conv, x, values, indices, features=10, implementation="pallas_gpu").startswith(
         "sparse_conv cannot run 'pallas_gpu' here: it needs an NVIDIA GPU, and JAX runs on"
@@ -154,6 +168,12 @@ def test_bad_input():
     )
     assert error(pattern_conv, x, values, positions, channels[:1], **keywords).startswith(
         "channels must be integ"
+    )
+    assert error(pattern_conv, x, values, positions + 9, channels, **keywords) == (
+        f"positions must be below the 9 positions, but block 0 has {positions[0, 0] + 9}"
+    )
+    assert error(pattern_conv, x, values, positions, channels, kernel_size=3, features=9) == (
+        f"channels must be below the 9 output channels, but block {np.argwhere(channels == 9)[0][0]} has 9"
     )
     assert error(pattern_conv, x, values, positions, channels, kernel_size=3, features=0) == (
         "features must be at least 1, got 0"

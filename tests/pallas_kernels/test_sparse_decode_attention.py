@@ -340,7 +340,7 @@ def test_why_kernels_do_not_take_some_arguments():
 def test_the_device_picks_its_kernels(implementation, monkeypatch):
     q, keys, values, _ = make_bitmap(2, 8, 2, 128, 9, (64, 48), dtype=jnp.bfloat16)
     pool = jax.ShapeDtypeStruct((9, 16, 2, 128), jnp.bfloat16)
-    monkeypatch.setattr(dispatch, f"{implementation[-3:]}_reason", lambda *generations: None)
+    monkeypatch.setattr(dispatch, f"{implementation[-3:]}_reason", lambda *generations, at=None: None)
     assert dispatch.pick("", None, paged_reasons(q, pool)) == implementation
     assert dispatch.pick("", None, bitmap_reasons(q, keys, values)) == implementation
     assert dispatch.pick("", None, paged_reasons(q[..., :80], pool)) == "xla"

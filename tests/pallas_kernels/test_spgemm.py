@@ -78,6 +78,11 @@ def test_any_shape(rows, inner, columns, density, seed):
     check(spgemm(arrays(a), arrays(b), columns=columns, products=216), a @ b)
 
 
+def test_lists_are_arrays():
+    found = spgemm(([1.0], [0], [0, 1]), ([2.0], [0], [0, 1]), columns=1)
+    assert [array.tolist() for array in found] == [[2.0], [0], [0, 1]]
+
+
 def test_cancelled_entries_stay():
     a = scipy.sparse.csr_array(np.asarray([[1.0, 1.0]], np.float32))
     b = scipy.sparse.csr_array(np.asarray([[1.0], [-1.0]], np.float32))
