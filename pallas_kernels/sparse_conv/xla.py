@@ -45,10 +45,11 @@ def pattern(x, values, positions, lengths, kernel_size, strides):
     @jax.checkpoint  # its gradient makes the shifted images again instead of keeping those of all blocks
     def one_block(arrays):
         weights, position = arrays
+        zero = jnp.zeros((), position.dtype)  # with 64-bit integers switched on, a plain 0 would be one
         images = [
             lax.dynamic_slice(
                 x,
-                (0, position[p] // kernel_size[1], position[p] % kernel_size[1], 0),
+                (zero, position[p] // kernel_size[1], position[p] % kernel_size[1], zero),
                 (x.shape[0], *reach, inputs),
             )[:, :: strides[0], :: strides[1]]
             for p in range(kept)

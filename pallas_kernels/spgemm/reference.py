@@ -13,7 +13,7 @@ def dense(values, place, shape):
 
 def at(whole, place):
     """The entries of a matrix at `place`, 0 in padding."""
-    return whole.at[place].get(mode="fill", fill_value=0)
+    return jnp.asarray(whole).at[place].get(mode="fill", fill_value=0)
 
 
 def product(x, y, places, lists, sizes):

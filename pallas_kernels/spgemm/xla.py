@@ -22,4 +22,4 @@ def product(x, y, places, lists, sizes):
 
 
 def _take(values, places):
-    return values.at[places].get(mode="fill", fill_value=0).astype(sum_dtype(values.dtype))
+    return jnp.asarray(values).at[places].get(mode="fill", fill_value=0).astype(sum_dtype(values.dtype))
