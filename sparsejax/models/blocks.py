@@ -186,8 +186,9 @@ class ExpertFeedForward(linen.Module):
         activate = choose("activation", self.activation, ACTIVATIONS)
         tokens = x.reshape(-1, x.shape[-1])
         logits = nn.Dense(self.experts, use_bias=False, dtype=self.dtype, name="router")(tokens)
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         chosen = min(self.experts_per_token, self.experts)
-        weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), chosen)
+        weights, experts = jax.lax.top_k(jax.nn.softmax(wide), chosen)
         weights = weights / weights.sum(-1, keepdims=True)
         order = jnp.argsort(
             experts.ravel()

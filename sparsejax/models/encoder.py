@@ -45,8 +45,8 @@ class Encoder(nn.MaskedParams):
       pool: what the outputs are made from: None for every token, `first` for the first token, `mean` for the mean
         of all tokens but the padding.
       pooler: whether tanh(dense(x)) comes after the pool.
-      tied: whether the logits are those of BERT's masked tokens: products of norm(act(dense(x))), the parameters
-        `transform` and `transform_norm`, with the embedding of the tokens, and a bias.
+      tied: whether the logits are those of BERT's masked tokens: products of norm(act(dense(x))), the layers
+        `transform` and `transform_norm`, with the embedding of the tokens, plus `head_bias`.
       layers: as in `Transformer`, without experts and streams.
 
     Raises:
@@ -79,7 +79,7 @@ class Encoder(nn.MaskedParams):
         for name in ("linear", "bias", "layers"):
             object.__setattr__(self, name, frozen(getattr(self, name)))
         super().__post_init__()
-        check_model("encoder", self)
+        check_model("an encoder", self)
         if self.pool is not None:
             choose("pool", self.pool, POOLS)
         if self.pooler and self.pool is None:
@@ -120,7 +120,6 @@ class Encoder(nn.MaskedParams):
                 dense(self.width, "transform"),
                 layer_norm("transform_norm"),
             )
-            self._bias = self.param("head_bias", zeros, (self.classes,))
         elif self.classes:
             self._head = dense(self.classes, "head")
 
@@ -155,6 +154,7 @@ class Encoder(nn.MaskedParams):
             places = jnp.where(mask, jnp.cumsum(mask, axis=1), 0) + self.position_offset - 1
         return self._embed_norm(x + self._positions(places).astype(x.dtype))
 
+    @linen.compact  # for `head_bias`, which `start` must not need
     def finish(self, x, mask=None):
         """float32 outputs for hidden states; needs what `parts` names after the last block, `embed` if tied.
 
@@ -167,7 +167,7 @@ class Encoder(nn.MaskedParams):
             x = jnp.tanh(self._pooler(x))
         if self.tied:
             x = self._transform_norm(ACTIVATIONS[self.activation](self._transform(x)))
-            x = self._embed.attend(x) + self._bias.astype(x.dtype)
+            x = self._embed.attend(x) + self.param("head_bias", zeros, (self.classes,)).astype(x.dtype)
         elif self.classes:
             x = self._head(x)
         return x.astype(jnp.float32)

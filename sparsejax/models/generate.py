@@ -70,7 +70,7 @@ def generate(model: Transformer, params, tokens, steps: int, temperature: float 
       ValueError: for another model, a negative number, no token or key, or more tokens than `max_length`.
     """
     if not isinstance(model, Transformer):
-        raise ValueError(f"only a Transformer generates tokens, not a {type(model).__name__}")
+        raise ValueError(f"only a Transformer generates tokens, got {type(model).__name__}")
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim != 2 or not tokens.shape[1]:
         raise ValueError(f"tokens to go on from must be (batch, length > 0), got shape {tokens.shape}")

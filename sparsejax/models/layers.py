@@ -5,6 +5,7 @@ a model can be shrunk block by block; `LAYER` lists the names. A decoder's block
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 from flax import linen
 from flax.core import FrozenDict
@@ -40,7 +41,7 @@ def layer_sizes(model: linen.Module, i: int) -> dict:
     Args:
       model: has the fields `width`, `heads`, `mlp_ratio`, `hidden`, `bias` and `layers`, and maybe others of `LAYER`.
     """
-    own = {name: getattr(model, name, None) for name in LAYER}
+    own = {name: _settings(model).get(name) for name in LAYER}
     own["experts"] = own["experts"] or 0
     if model.hidden is None:
         own["hidden"] = model.mlp_ratio * model.width
@@ -49,7 +50,7 @@ def layer_sizes(model: linen.Module, i: int) -> dict:
 
 def head_width(model: linen.Module) -> int:
     """The width of one head, in all blocks alike."""
-    return getattr(model, "head_width", None) or model.width // model.heads
+    return _settings(model).get("head_width") or model.width // model.heads
 
 
 def block_options(model: linen.Module, i: int) -> dict:
@@ -58,27 +59,30 @@ def block_options(model: linen.Module, i: int) -> dict:
     sizes["hidden_width"] = sizes.pop("hidden")
     if sizes["experts"]:
         sizes["experts_per_token"] = model.experts_per_token
-    fields = {name: getattr(model, name) for name in BLOCK if hasattr(model, name)}
-    return {**fields, **sizes, "head_width": head_width(model)}
+    shared = {name: value for name, value in _settings(model).items() if name in BLOCK}
+    return {**shared, **sizes, "head_width": head_width(model)}
+
+
+def _settings(model: linen.Module) -> dict:
+    # not by `getattr`, which for a name that is no field runs the `setup` of a module that is being made
+    return {field.name: getattr(model, field.name) for field in fields(model)}
 
 
 def check_model(kind: str, model: linen.Module) -> None:
-    """Raises ValueError, one sentence, for heads, names or layers that a model of this kind cannot have."""
+    """Raises ValueError, one sentence, for heads, names or layers that the model cannot have; `kind` is "a vit"."""
     choose("activation", model.activation, ACTIVATIONS)
-    if hasattr(model, "norm"):
-        choose("norm", model.norm, NORMS)
-    if model.heads < 1 or (getattr(model, "head_width", None) is None and model.width % model.heads):
-        raise ValueError(f"heads={model.heads} of a {kind} must divide its width={model.width}")
+    settings = _settings(model)
+    choose("norm", settings.get("norm", "layer"), NORMS)
+    if model.heads < 1 or (settings.get("head_width") is None and model.width % model.heads):
+        raise ValueError(f"heads={model.heads} of {kind} must divide its width={model.width}")
     if model.layers and len(model.layers) != model.depth:
-        raise ValueError(f"layers={len(model.layers)} mappings do not fit depth={model.depth} of a {kind}")
-    allowed = [
-        name for name in LAYER if hasattr(model, name) or (name == "stream" and hasattr(model, "norm_width"))
-    ]
+        raise ValueError(f"layers={len(model.layers)} mappings do not fit depth={model.depth} of {kind}")
+    allowed = [name for name in LAYER if name in settings or (name == "stream" and "norm_width" in settings)]
     width = model.width
     for i in range(model.depth):
         for key in model.layers[i] if model.layers else ():
-            choose(f"entry of layers[{i}] of a {kind}:", key, allowed)
-        width = _check_layer(f"block_{i} of a {kind}", layer_sizes(model, i), model.linear, width)
+            choose(f"entry of layers[{i}] of {kind}:", key, allowed)
+        width = _check_layer(f"block_{i} of {kind}", layer_sizes(model, i), model.linear, width)
 
 
 def _check_layer(label: str, sizes: dict, linear, width: int) -> int:

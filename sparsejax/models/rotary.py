@@ -70,7 +70,7 @@ def tables(rates, length: int, offset=0):
 
 
 def rotate(x, cos, sin):
-    """Turns `(..., length, heads, width)`, computed in float32; the dtype stays."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turns `(..., length, heads, width)`, computed in float32 at least; the dtype stays."""
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -22,7 +22,13 @@ from sparsejax import nn
 from sparsejax.masks import choose
 from sparsejax.models import rotary
 from sparsejax.models.blocks import PROJECTIONS, Block, norm
-from sparsejax.models.layers import block_options, check_model, frozen, head_width
+from sparsejax.models.layers import (
+    block_options,
+    check_model,
+    frozen,
+    head_width,
+    layer_sizes,
+)
 
 POSITIONS = ("learned", "rotary")
 
@@ -100,11 +106,15 @@ class Transformer(linen.Module):
             object.__setattr__(self, name, frozen(getattr(self, name)))
         super().__post_init__()
         choose("positions", self.positions, POSITIONS)
-        check_model("transformer", self)
+        check_model("a transformer", self)
         if self.positions == "rotary":
             self._rates()
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} of a transformer must be at least 1")
+        if self.experts_per_token < 1:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} of a transformer must be at least 1"
+            )
         if self.norm_width is not None and self.norm != "rms":
             raise ValueError(
                 f"norm_width={self.norm_width} of a transformer needs norm='rms', got {self.norm!r}"
@@ -185,6 +195,11 @@ class Transformer(linen.Module):
         first = ("embed", "positions") if self.positions == "learned" else ("embed",)
         last = ("norm",) if self.tied else ("norm", "head")
         return (*first, *(f"block_{i}" for i in range(self.depth)), *last)
+
+    @linen.nowrap
+    def layer(self, i: int) -> dict:
+        """The sizes of block `i`, as `sparsejax.models.layers.layer_sizes` gives them."""
+        return layer_sizes(self, i)
 
     @linen.nowrap
     def _rates(self):

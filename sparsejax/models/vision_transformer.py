@@ -57,7 +57,7 @@ class VisionTransformer(nn.MaskedParams):
             object.__setattr__(self, name, frozen(getattr(self, name)))
         super().__post_init__()
         choose("pool", self.pool, POOLS)
-        check_model("vit", self)
+        check_model("a vit", self)
 
     @property
     def reads_masks(self) -> bool:

@@ -73,7 +73,7 @@ class LayerNorm(MaskedParams, linen.LayerNorm):
 class RMSNorm(MaskedParams):
     """x scale / sqrt(sum(x^2) / width + epsilon) over the last axis (Zhang and Sennrich 2019).
 
-    Computed in float32, whatever `dtype` the result has.
+    Computed in float32 at least, whatever `dtype` the result has.
 
     Attributes:
       epsilon: the small number.
@@ -89,6 +89,7 @@ class RMSNorm(MaskedParams):
     @linen.compact
     def __call__(self, x):
         """Arrays of the shape of `x`."""
+        x = jnp.asarray(x)
         scale = self.param("scale", linen.initializers.ones, x.shape[-1:])
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         square = jnp.sum(wide**2, axis=-1, keepdims=True) / (self.width or x.shape[-1])

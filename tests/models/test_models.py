@@ -9,6 +9,10 @@ from sparsejax.masks import apply_masks, flatten
 from sparsejax.models import MODELS, build
 
 SMALL = {  # keywords that keep the compilation short, and an input
+    "encoder": (
+        {"width": 8, "depth": 1, "heads": 2, "mlp_ratio": 1, "max_length": 5, "pool": "mean"},
+        (3, 5),
+    ),
     "mlp": ({"hidden": (7,)}, (3, 4, 4, 1)),
     "cnn": ({"channels": (2, 3), "hidden": 5}, (3, 8, 8, 1)),
     "resnet": ({"depth": 8, "channels": 4}, (3, 8, 8, 3)),
@@ -57,7 +61,7 @@ def start(name, **kw):
     small, shape = SMALL[name]
     model = build(name, 6, **{**small, **kw})
     x = jax.random.normal(jax.random.key(1), shape)
-    if name == "transformer":
+    if name in ("encoder", "transformer"):
         x = jnp.argsort(x)  # tokens
     return model, x, jax.jit(model.init)(jax.random.key(0), x)
 

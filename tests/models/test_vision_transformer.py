@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_models
 import pytest
 
 from sparsejax.masks import flatten
@@ -118,6 +119,66 @@ def test_without_positions_the_order_of_the_patches_does_not_matter(pool):
     )
 
 
+@pytest.mark.parametrize("pool", ["mean", "token"])
+def test_block_by_block_is_the_whole_bit_for_bit(pool):
+    model = build("vit", 3, width=8, depth=2, heads=2, pool=pool)
+    x = tokens(2, 8, 8, 1)
+    params = start(model, x)["params"]
+    parts = model.parts()
+    assert set(parts) == set(params) and len(parts) == len(params)
+    split = parts.index("block_0"), parts.index("block_1") + 1
+    first, last = ({name: params[name] for name in names} for names in (parts[: split[0]], parts[split[1] :]))
+    hidden = model.apply({"params": first}, x, method="start")
+    for i in range(2):
+        hidden = model.block(i).apply({"params": params[f"block_{i}"]}, hidden, **model.context(hidden))
+    out = model.apply({"params": last}, hidden, method="finish")
+    np.testing.assert_array_equal(out, model.apply({"params": params}, x))
+
+
+def test_with_the_settings_of_the_paper_it_is_its_formula():
+    model = build(
+        "vit",
+        3,
+        patch=2,
+        width=8,
+        depth=1,
+        heads=2,
+        hidden=5,
+        pool="token",
+        epsilon=0.1,
+        activation="gelu",
+        bias=("out", "up", "down"),
+    )
+    x = tokens(1, 4, 4, 3)
+    variables = start(model, x)
+    p = numpy_models.double(variables["params"])
+    # a convolution with the patch as its kernel and its stride is a product with flattened patches
+    kernel = p["embed"]["kernel"].reshape(2, 2, 3, 8)
+    cells = [np.einsum("hwc,hwcf->f", x[0, i : i + 2, j : j + 2], kernel) for i in (0, 2) for j in (0, 2)]
+    z = np.concatenate([p["token"][0], np.stack(cells) + p["embed"]["bias"]]) + p["positions"][0]
+    block = p["block_0"]
+    assert "bias" not in block["attention"]["query"] and "bias" in block["mlp"]["up"]
+    z = z + numpy_models.attention(
+        block["attention"], numpy_models.layer_norm(block["norm_0"], z, 0.1), 2, causal=False
+    )
+    hidden = numpy_models.affine(block["mlp"]["up"], numpy_models.layer_norm(block["norm_1"], z, 0.1))
+    z = z + numpy_models.affine(block["mlp"]["down"], numpy_models.gelu(hidden))
+    expected = numpy_models.affine(p["head"], numpy_models.layer_norm(p["norm"], z, 0.1)[0])
+    np.testing.assert_allclose(model.apply(variables, x)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_defaults_give_the_recorded_outputs():
+    x = jax.random.normal(jax.random.key(2), (2, 8, 8, 3))
+    recorded = {
+        "mean": [0.8021972, 0.0599313, -0.3931334, -0.2387803, 0.2605793],
+        "token": [0.5557230, 1.3589174, 1.7791753, -0.2009684, 1.2188448],
+    }
+    for pool, expected in recorded.items():
+        model = build("vit", 5, depth=2, width=32, heads=4, pool=pool)
+        out = model.apply(model.init(jax.random.key(0), x), x)
+        np.testing.assert_allclose(out[0], expected, rtol=2e-5, atol=2e-6)
+
+
 def test_block_outputs_are_sown_on_request():
     model = build("vit", 3, width=8, depth=3, heads=2)
     x = tokens(2, 8, 8, 1)
@@ -133,6 +194,8 @@ def test_block_outputs_are_sown_on_request():
     "keywords, message",
     [
         ({"pool": "max"}, r"unknown pool 'max'.*\(known: mean, token\)"),
+        ({"activation": "gleu"}, "unknown activation 'gleu'; did you mean 'gelu'"),
+        ({"layers": ({},)}, "layers=1 mappings do not fit depth=4 of a vit"),
         ({"width": 10}, "heads=4 of a vit must divide its width=10"),
         ({"patch": 3}, "patch=3 of a vit must divide the images' 8x8 pixels"),
         ({"linear": {"name": "dens"}}, "unknown linear layer 'dens'; did you mean 'dense'"),
