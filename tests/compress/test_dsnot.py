@@ -190,7 +190,7 @@ def test_skipped_layers_are_left_to_the_initial_method_and_errors_are_reported()
     params = model.init(jax.random.key(0), jnp.asarray(tokens))["params"]
     results = [
         prune_layers(method, model, params, tokens, 0.5, progress=False)
-        for method in (wanda(), dsnot(cycles=4, threshold=0.0, skip="mlp/*"))
+        for method in (wanda(), dsnot(cycles=4, threshold=0.0, same_sign=True, skip="mlp/*"))
     ]
     layers = results[1].report["layers"]
     for name, mask in flatten(results[1].masks).items():
