@@ -178,9 +178,9 @@ def select(scores, sparsity: float, pattern: Pattern, scope: str = "row"):
       ValueError: for an unknown scope, a layer that the pattern does not fit, and NaN scores (outside `jax.jit`).
     """
     choose("scope", scope, SCOPES)
-    pattern.check("the kernel", scores.shape)
     if sparsity == 0:
         return jnp.ones(scores.shape, bool)
+    pattern.check("the kernel", scores.shape)
     if isinstance(pattern, NM):
         return pattern.select(scores)
     if isinstance(pattern, Unstructured) and scope == "row":

@@ -105,7 +105,8 @@ def prune_layers(
       params: its parameters by part; any mapping, each part is read when its turn comes. Sharded ones work.
       tokens: calibration sequences, int32 `(sequences, length)`, or whatever `model.start` takes; padding counts
         unless the model's context has a mask of it. Sharded along their first axis, the hidden states are too.
-      sparsity: fraction to drop, in [0, 1), over each layer. None with N:M, which has its own.
+      sparsity: fraction to drop of each layer, in [0, 1). None with N:M, which has its own, or where `allocation`
+        knows all.
       pattern: `sparsejax.patterns` object or its name.
       allocation: "uniform"; {shell pattern on `block_0/attention/query/kernel`: sparsity}, where the most specific
         pattern wins and layers without one get `sparsity`; or a function `({layer: shape struct}, sparsity) ->
@@ -136,8 +137,8 @@ def prune_layers(
     text = str(pattern)
     pattern = check_pattern(method.name, pattern, method.patterns)
     choose("propagate", propagate, PROPAGATE)
-    if sparsity is not None or not isinstance(pattern, NM):
-        check_sparsity(sparsity)
+    if allocation == "uniform":
+        _check_uniform(sparsity, pattern)
     statistics.init(method.needs, 1)
     asked = {
         "method": method.name,
@@ -204,10 +205,13 @@ class _Runner:
         budgets = _allocated(allocation, shapes, self.sparsity)
         for name, shape in shapes.items():
             try:
-                _, pattern = layer_budget(self.method.name, budgets[name], self.pattern, self.method.patterns)
+                share, pattern = layer_budget(
+                    self.method.name, budgets[name], self.pattern, self.method.patterns
+                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            pattern.check(name, shape[-2:])
+            if share:
+                pattern.check(name, shape[-2:])
         return budgets
 
     def block(self, stream: Stream, part: str, bar):
@@ -291,6 +295,13 @@ def _allocated(allocation, shapes: Mapping[str, tuple], sparsity) -> dict[str, f
         choose("allocation", allocation, ("uniform",))
         found = dict.fromkeys(shapes, sparsity)
     return {name: None if found[name] is None else float(found[name]) for name in shapes}
+
+
+def _check_uniform(sparsity, pattern) -> None:
+    if not isinstance(pattern, NM):
+        check_sparsity(sparsity)
+    elif sparsity and abs(check_sparsity(sparsity) - pattern.sparsity) > 1e-9:
+        raise ValueError(f"{pattern.n}:{pattern.m} has sparsity {pattern.sparsity:g}, got {sparsity}")
 
 
 def _report(asked: dict, stream: Stream, layers: dict) -> dict:

@@ -62,9 +62,10 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | N
 
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         sparsity, pattern = layer_budget("sparsegpt", sparsity, pattern)
-        pattern.check("the kernel", kernel.shape)
         if sparsity == 0 and quantise is None:
             return kernel, jnp.ones(kernel.shape, bool)
+        if sparsity:
+            pattern.check("the kernel", kernel.shape)
         if is_traced(kernel, stats["gram"]):
             raise ValueError(
                 "sparsegpt factorises on the host, so that its arrays cannot be traced by jax.jit"
@@ -72,7 +73,7 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | N
         width = _width(block, kernel.shape[0], pattern)
         counts = _kept(kernel.shape, width, sparsity, pattern)
         factor, dead = inverse_factor(stats["gram"], damping)
-        rule = pattern if isinstance(pattern, NM | Block) else None
+        rule = pattern if sparsity and isinstance(pattern, NM | Block) else None
         return _sweep(jnp.asarray(kernel), factor, dead, counts, width, rule, sparsity == 0, quantise)
 
     return Layerwise("sparsegpt", ("gram",), prune, host=True)
@@ -130,7 +131,11 @@ def inverse_factor(gram, damping: float = 0.01):
 
 def _width(block: int, inputs: int, pattern: Pattern) -> int:
     """Inputs per block of the sweep: a multiple of the pattern's side, at most all of them."""
-    side = pattern.m if isinstance(pattern, NM) else pattern.shape[-2] if isinstance(pattern, Block) else 1
+    side = 1
+    if isinstance(pattern, NM):
+        side = pattern.m
+    elif isinstance(pattern, Block) and len(pattern.shape) > 1:
+        side = pattern.shape[-2]
     return min(-(-block // side) * side, inputs)
 
 
@@ -170,7 +175,7 @@ def _block(rows, factor, count, rule, keep_all, quantise):
     size, outputs = rows.shape
     scale = jnp.diagonal(factor)[:, None] ** -2
     group = rule.m if isinstance(rule, NM) else max(n for n in range(1, _GROUP + 1) if size % n == 0)
-    by_group = isinstance(rule, NM) and not keep_all
+    by_group = isinstance(rule, NM)
     mask = jnp.ones(rows.shape, bool)
     if not (by_group or keep_all):
         pattern = rule or Pattern()

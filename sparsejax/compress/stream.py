@@ -65,13 +65,9 @@ class Stream:
         self.tokens = np.asarray(tokens)
         self._batch = batch
         _check_tokens(self.tokens, batch, self._sharding)
-        first = self.outer(params)
+        first = {name: params[name] for name in self._outer()[0]}
         _check_vocabulary(self.tokens, first)
         self.hidden = self._join(_start(first, self._put(part), model) for part in self._split(self.tokens))
-
-    def outer(self, params: Mapping) -> dict:
-        """The parameters outside of the blocks."""
-        return {name: params[name] for name in self.model.parts() if name not in self.blocks}
 
     def block(self, name: str) -> linen.Module:
         """The module of the block called `name`."""
@@ -137,9 +133,17 @@ class Stream:
 
     def logits(self, params: Mapping):
         """Pairs (tokens, logits) of every batch, once all blocks are done."""
-        outer = self.outer(params)
+        before, after = self._outer()
+        tied = before if getattr(self.model, "tied", False) else ()
+        outer = {name: params[name] for name in (*tied, *after)}
         for tokens, hidden in zip(self._split(self.tokens), self._split(self.hidden), strict=True):
             yield self._put(tokens), _finish(outer, self._put(hidden), self.model)
+
+    def _outer(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the parts before the blocks, and after."""
+        parts = self.model.parts()
+        first, last = (parts.index(name) for name in (self.blocks[0], self.blocks[-1]))
+        return parts[:first], parts[last + 1 :]
 
     def _split(self, array):
         return (array[i : i + self._batch] for i in range(0, len(array), self._batch))

@@ -27,7 +27,7 @@ class Once(dict):
 
 @pytest.mark.parametrize("batch", [3, 4, 100])
 def test_is_the_mean_loss_of_all_predictions(batch):
-    logits = MODEL.apply({"params": PARAMS}, TOKENS)
+    logits = jax.jit(MODEL.apply)({"params": PARAMS}, TOKENS)
     expected = float(optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean())
     found = perplexity(MODEL, Once(PARAMS), TOKENS, batch, size=6 * 19)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
