@@ -117,7 +117,7 @@ def dsnot(
 
     needs = tuple(dict.fromkeys((*initial.needs, "mean", "square", "within")))
     rules = dict.fromkeys((skip,) if isinstance(skip, str) else skip, initial)
-    return Layerwise(f"{initial.name}+dsnot", needs, prune, allowed, initial.host, rules)
+    return Layerwise(f"{initial.name}+dsnot", needs, prune, allowed, initial.host, rules or None)
 
 
 @partial(jax.jit, static_argnames=("pattern", "cycles", "threshold", "same_sign", "power"))

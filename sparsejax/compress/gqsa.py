@@ -58,13 +58,14 @@ def group_pruning(*, scope: str = "layer", damping: float = 0.01) -> Layerwise:
 
     def prune(kernel, stats, sparsity, pattern):
         sparsity, pattern = layer_budget("gqsa", sparsity, pattern, (Block,))
-        if len(pattern.shape) != 2 or pattern.shape[1] != 1 or kernel.shape[0] % pattern.shape[0]:
+        fits = len(pattern.shape) == 2 and pattern.shape[1] == 1
+        if fits and sparsity == 0:
+            return kernel, jnp.ones(kernel.shape, bool)
+        if not fits or kernel.shape[0] % pattern.shape[0]:
             raise ValueError(
                 f"gqsa drops groups of inputs, pattern block:Gx1 with G a divisor of the {kernel.shape[0]} inputs, got "
                 f"block:{'x'.join(map(str, pattern.shape))}"
             )
-        if sparsity == 0:
-            return kernel, jnp.ones(kernel.shape, bool)
         if is_traced(kernel, stats["gram"]):
             raise ValueError("gqsa factorises on the host, so that its arrays cannot be traced by jax.jit")
         group = pattern.shape[0]

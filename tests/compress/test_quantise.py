@@ -113,7 +113,7 @@ def test_rounding_makes_the_sweep_gptq(sparsity):
     for output in range(6):
         for start in range(0, 32, 8):
             assert len(np.unique(np.round(np.asarray(kernel)[start : start + 8, output], 5))) <= 8
-    assert error(kernel) < error(nearest)
+    assert error(kernel) < error(nearest), (error(kernel), error(nearest))
 
 
 def test_rtn_keeps_the_mask_of_the_initial_method():
