@@ -40,7 +40,7 @@ import optax
 from tqdm import tqdm
 
 from sparsejax import masks as masks_lib
-from sparsejax.compress.base import Compressed, Whole, check_pattern, dropped
+from sparsejax.compress.base import Compressed, Whole, check_pattern, dropped, warn
 from sparsejax.compress.shrink import shrink
 from sparsejax.models import Transformer
 from sparsejax.models.layers import layer_sizes
@@ -49,6 +49,7 @@ from sparsejax.selection import top_k_mask
 
 MASKS = ("learned", "fixed")
 _FROZEN = 0.8  # share of the steps after which the mask no longer follows theta
+_UNSETTLED = 0.1  # distance of a mask from 0 or 1 that is worth a warning
 _DECAY = 2.77  # of the fixed mask's tail
 
 
@@ -126,6 +127,8 @@ def pat(
         )
         theta = trained["theta"]
         kept = np.flatnonzero(top_k_mask(theta, keep) if mask == "learned" else np.arange(model.width) < keep)
+        if mask == "learned":
+            _warn_unsettled(mask_at(theta, length, length), kept)
         small, small_params = merge(model, params, trained, kept, lora_alpha / lora_rank)
         tenth = max(1, length // 10)
         report = {
@@ -311,6 +314,16 @@ def _train(model, params, trained, optimizer, settings, tokens, batch, seed, pro
         trained, state, loss = advance(trained, state, params, jnp.asarray(chosen), jnp.int32(step))
         losses.append(loss)
     return trained, np.asarray(jax.device_get(losses))
+
+
+def _warn_unsettled(mask, kept) -> None:
+    """The model that was trained is not the one that is left, unless the mask is 1 where it stays and 0 elsewhere."""
+    off = np.abs(np.asarray(mask) - np.isin(np.arange(len(mask)), kept)).max()
+    if off > _UNSETTLED:
+        warn(
+            f"pat's mask has not settled: at the end a channel was {off:.2f} from 0 or 1, so that the loss changes when "
+            "channels are cut out; train for more steps"
+        )
 
 
 # --- merging -----------------------------------------------------------------------------------------

