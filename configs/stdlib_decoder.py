@@ -12,7 +12,7 @@ from configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """A decoder with rotary positions, grouped heads, RMS norms and SwiGLU, for 600 steps of 32 windows."""
+    """A decoder with rotary positions, RMS norms and SwiGLU, for 600 steps of 32 windows."""
     config, _ = base.training(steps=600, batch_size=32)
     config.data = ml_collections.ConfigDict({"name": "stdlib", "length": 128, "size": 8_000_000})
     config.model = ml_collections.ConfigDict(

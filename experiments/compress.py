@@ -26,7 +26,9 @@ from sparsejax.allocator import keep_freed_memory
 _MODEL = flags.DEFINE_string("model", None, "The folder of the model.")
 _METHOD = flags.DEFINE_string("method", None, "A method of sparsejax.compress.METHODS.")
 _SPARSITY = flags.DEFINE_float("sparsity", None, "The fraction to remove; left out with N:M patterns.")
-_PATTERN = flags.DEFINE_string("pattern", "unstructured", "unstructured, N:M such as 2:4, or block:AxB.")
+_PATTERN = flags.DEFINE_string(
+    "pattern", None, "unstructured, N:M such as 2:4, or block:AxB; the method's own if not given."
+)
 _OPTIONS = flags.DEFINE_string("options", "{}", "Keywords of the method, a Python dict.")
 _ALLOCATION = flags.DEFINE_string(
     "allocation", "uniform", "uniform, owl, or a Python dict of layer patterns."
@@ -57,9 +59,9 @@ def literal(flag: str, value: str) -> dict:
     """
     try:
         found = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"--{flag} must be a Python dict such as \"{{'damping': 0.1}}\", got {value!r}")
     return found
 
@@ -89,10 +91,21 @@ def main(arguments):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last finished block", file=sys.stderr)
+        kept = compression_session.is_resumable(_OUT.value)
+        begins = "goes on after the last finished block" if kept else "begins anew"
+        print(f"stopped; the same command {begins}", file=sys.stderr)
         sys.exit(130)
+
+
+def parse(arguments):
+    """The flags; a mistake in them ends with status 2."""
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["model", "method", "out"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -17,10 +17,11 @@ import numpy as np
 from configs import stdlib_decoder
 from experiments.tables import Metric
 from pallas_kernels.timing import blocking, measure
-from sparsejax import compress, training
+from sparsejax import compress, patterns, training
 from sparsejax.allocator import keep_freed_memory
+from sparsejax.compress.base import check_pattern, layer_budget
 from sparsejax.data import text
-from sparsejax.masks import choose
+from sparsejax.masks import check_sparsity, choose
 from sparsejax.training.config import resolve
 from sparsejax.training.pretrained import obtain
 
@@ -56,7 +57,7 @@ def base() -> ml_collections.ConfigDict:
             "method": "dense",
             "options": {},
             "sparsity": ml_collections.config_dict.placeholder(float),
-            "pattern": "unstructured",
+            "pattern": ml_collections.config_dict.placeholder(str),
             "allocation": "uniform",
             "calibration": {"corpus": "stdlib", "samples": 128, "length": 128},
             "evaluation": {"corpus": "stdlib", "windows": 256},
@@ -106,32 +107,57 @@ def apply_method(model, params: Mapping, tokens, config: Mapping, **keywords) ->
     Args:
       model, params: a decoder and its parameters by part.
       tokens: int32 `(sequences, length)`, for calibration.
-      config: `method` and its `options`, `sparsity`, `pattern` and `allocation`: "uniform", "owl", or a mapping of
-        layer patterns to sparsities.
+      config: `method` and its `options`; `sparsity` and `pattern`, or None for the method's own; `allocation`:
+        "uniform", "owl", or a mapping of layer patterns to sparsities.
       keywords: `resume`, `sink` and `progress` of `sparsejax.compress.prune_layers`.
 
     Raises:
       ValueError: one sentence, for what the method cannot do.
     """
-    method = compress.build(config["method"], **config["options"])
-    sparsity, pattern = config["sparsity"], config["pattern"]
+    method = check_method(config)
+    sparsity, pattern, allocation = config["sparsity"], config["pattern"], config["allocation"]
     if isinstance(method, compress.Whole):
-        if config["allocation"] != "uniform":
-            raise ValueError(
-                f"{config['method']} decides by itself how much of each layer it removes; leave out the allocation"
-            )
         return method.run(model, params, tokens, sparsity, pattern, progress=keywords.get("progress"))
-    allocation = config["allocation"]
-    if isinstance(allocation, str) and choose("allocation", allocation, ALLOCATIONS) == "owl":
-        allocation = compress.owl(model, params, tokens, sparsity)
+    pattern = pattern or "unstructured"
+    if allocation == "owl":
+        allocation = compress.owl(model, params, tokens, sparsity, pattern=pattern)
     return compress.prune_layers(
         method, model, params, tokens, sparsity, pattern, allocation=allocation, **keywords
     )
 
 
+def check_method(config: Mapping) -> compress.Layerwise | compress.Whole:
+    """The method that a configuration asks for; what can be known to be wrong before a model is read, is.
+
+    Args:
+      config: as for `apply_method`.
+
+    Raises:
+      ValueError: one sentence, for a method, keyword, sparsity, pattern or allocation that cannot be.
+    """
+    method = compress.build(config["method"], **config["options"])
+    sparsity, pattern, allocation = config["sparsity"], config["pattern"], config["allocation"]
+    if isinstance(allocation, str):
+        choose("allocation", allocation, ALLOCATIONS)
+    if isinstance(method, compress.Whole):
+        if allocation != "uniform":
+            raise ValueError(
+                f"{config['method']} decides by itself how much of each layer it removes; leave out the allocation"
+            )
+        if sparsity is not None:
+            check_sparsity(sparsity)
+        if pattern is not None:
+            patterns.parse(pattern)
+    elif allocation == "uniform":
+        layer_budget(config["method"], sparsity, pattern or "unstructured", method.patterns)
+    else:
+        check_pattern(config["method"], pattern or "unstructured", method.patterns)
+    return method
+
+
 def parameters(params: Mapping) -> int:
-    """How many parameters there are, zeros included."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(dict(params)))
+    """How many parameters there are, zeros included; part by part, of which one need be in memory."""
+    return sum(int(np.prod(leaf.shape)) for part in params for leaf in jax.tree.leaves(params[part]))
 
 
 def latency(networks: Mapping[str, tuple], tokens, repeats: int) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,12 +13,14 @@ import jax.numpy as jnp
 import matplotlib.figure
 from tqdm import tqdm
 
-from experiments.compression import apply_method, parameters, peak_memory, read_text
+from experiments.compression import apply_method, check_method, parameters, peak_memory, read_text
 from sparsejax import compress, formats
+from sparsejax.compress.resume import STATE
 from sparsejax.data.stdlib import BYTES
-from sparsejax.interop import huggingface, native
+from sparsejax.interop import huggingface, native, writing
 from sparsejax.interop.tokenization import byte_tokenizer
-from sparsejax.masks import choose, map_with_name
+from sparsejax.masks import choose, flatten, map_with_name
+from sparsejax.models import Transformer
 from sparsejax.training.config import resolve
 from sparsejax.training.loop import load as load_problem
 from sparsejax.training.pretrained import restore
@@ -123,16 +124,17 @@ def compress_folder(folder, out, settings: Mapping, progress: bool = True) -> di
     Raises:
       ValueError, OSError: one sentence; nothing is left of the new folder.
     """
-    out = Path(out).expanduser().absolute()
+    out = Path(out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} exists already; remove it or name another folder")
-    choose("method", settings["method"], compress.METHODS)
-    if settings["dtype"] is not None:
-        choose("dtype", settings["dtype"], DTYPES)
+    layerwise = isinstance(_checked(settings), compress.Layerwise)
+    resume = resume_folder(out) if layerwise else None
+    if resume is not None and resume.exists() and any(resume.iterdir()) and not is_resumable(out):
+        raise ValueError(f"{str(resume)!r} is needed for finished blocks, but holds something else; move it away")
     source = open_model(folder, settings["dtype"])
-    if not hasattr(source.model, "max_length"):
+    if not isinstance(source.model, Transformer):
         raise ValueError(
-            f"{str(folder)!r} holds a {type(source.model).__name__}, and only decoders have a next token"
+            f"{str(folder)!r} holds no decoder, which alone has a next token, but {type(source.model).__name__}"
         )
     settings = _with_length(settings, source.model)
     text = read_text(settings, source.tokenizer)
@@ -140,7 +142,6 @@ def compress_folder(folder, out, settings: Mapping, progress: bool = True) -> di
         source.model, source.params, text.held_out, size=text.size, progress=progress
     )
     begun = time.perf_counter()
-    resume = out.with_name(out.name + ".resume")
     with _new_folder(out) as partial:
         found, kind = _compress_into(partial, source, text.calibration, settings, resume, progress)
         seconds = time.perf_counter() - begun
@@ -153,23 +154,44 @@ def compress_folder(folder, out, settings: Mapping, progress: bool = True) -> di
             "before": before,
             "after": after,
             "sparsity_reached": found.report["sparsity"],
+            "peak_memory_bytes": peak_memory(),
             "parameters_before": parameters(source.params),
             "parameters": parameters(found.params),
             "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak_memory(),
             "folder": kind,
             "report": found.report,
         }
-        _write_findings(partial, found, summary)
-    shutil.rmtree(resume, ignore_errors=True)
+        _write_findings(partial, source, found, summary)
+    if resume is not None:
+        shutil.rmtree(resume, ignore_errors=True)
     if progress:
         tqdm.write(_lines(summary, out))
     return summary
 
 
+def resume_folder(out: Path) -> Path:
+    """Where finished blocks wait for the folder `out`."""
+    return out.with_name(out.name + ".resume")
+
+
+def is_resumable(out) -> bool:
+    """Whether blocks are finished of an interrupted compression into `out`."""
+    return (resume_folder(Path(out).expanduser().resolve()) / STATE).exists()
+
+
+def _checked(settings: Mapping):
+    """The method; raises for what can be known to be wrong before a model is read."""
+    if settings["dtype"] is not None:
+        choose("dtype", settings["dtype"], DTYPES)
+    if settings["format"] not in (None, "auto"):
+        formats.check_format(settings["format"], "--format")
+    return check_method(settings)
+
+
 def _with_length(settings: Mapping, model) -> dict[str, Any]:
     """The settings with a length of calibration windows that the model can read."""
-    length = settings["calibration"]["length"] or min(LONGEST, model.max_length)
+    length = settings["calibration"]["length"]
+    length = min(LONGEST, model.max_length) if length is None else length
     if not 2 <= length <= model.max_length:
         raise ValueError(f"length must be from 2 to the model's {model.max_length} tokens, got {length}")
     return {**settings, "calibration": {**settings["calibration"], "length": length}}
@@ -177,44 +199,50 @@ def _with_length(settings: Mapping, model) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _new_folder(out: Path):
-    """A folder beside `out` that takes its name when the context ends without an error, and else disappears."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    """A folder that takes the name `out` when the context ends without an error, and else disappears.
+
+    It lies in a hidden one beside `out`, with all that is written on the way.
+    """
+    around = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(around, ignore_errors=True)  # of a call that was killed
+    around.mkdir(parents=True)
     try:
-        yield partial
+        yield around / out.name
         if out.exists():
             out.rmdir()
-        partial.replace(out)
+        (around / out.name).replace(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
 
 
-def _compress_into(partial: Path, source: Source, tokens, settings: Mapping, resume: Path, progress: bool):
+def _compress_into(partial: Path, source: Source, tokens, settings: Mapping, resume: Path | None, progress: bool):
     """Compresses a model and writes it; (what came out, the kind of folder that it is in).
 
-    A layer-wise method's blocks go to the folder one by one and are read back when they are needed, so that the model
-    need not fit into memory.
+    What came out has the parameters of the folder, read when they are asked for: a layer-wise method's blocks go there
+    one by one, so that the model need not fit into memory.
     """
-    keywords = {"resume": resume, "progress": progress}
     writer, reason = _writer(partial, source, source.model)
-    layerwise = isinstance(compress.build(settings["method"], **settings["options"]), compress.Layerwise)
-    if layerwise and reason is None:
+    if resume is not None and reason is None:
         with writer as sink:
-            found = apply_method(source.model, source.params, tokens, settings, sink=sink, **keywords)
-        written = huggingface.load(partial, lazy=True)
-        return compress.Compressed(written.model, written.params, None, found.report), "huggingface"
-    found = apply_method(source.model, source.params, tokens, settings, **keywords)
-    writer, reason = _writer(partial, source, found.model)
-    if reason is None:
+            found = apply_method(
+                source.model, source.params, tokens, settings, sink=sink, resume=resume, progress=progress
+            )
+    else:
+        keywords = {} if resume is None else {"resume": resume}
+        found = apply_method(source.model, source.params, tokens, settings, progress=progress, **keywords)
+        writer, reason = _writer(partial, source, found.model)
+        if reason is not None:
+            tqdm.write(f"written as a folder of sparsejax's own: {reason}")
+            partial.mkdir()
+            native.save(partial, found.model, found.params)
+            if source.folder is not None:
+                writing.copy_companions(source.folder, partial)
+            return found, native.MODEL_TYPE
         with writer as sink:
             for part in found.model.parts():
                 sink[part] = found.params[part]
-        return found, "huggingface"
-    tqdm.write(f"written as a folder of sparsejax's own: {reason}")
-    partial.mkdir()
-    native.save(partial, found.model, found.params)
-    return found, native.MODEL_TYPE
+    written = huggingface.load(partial, lazy=True)
+    return found._replace(model=written.model, params=written.params), "huggingface"
 
 
 def _writer(partial: Path, source: Source, model):
@@ -225,29 +253,46 @@ def _writer(partial: Path, source: Source, model):
         return None, reason
 
 
-def _write_findings(folder: Path, found: compress.Compressed, summary: dict) -> None:
+def _write_findings(folder: Path, source: Source, found: compress.Compressed, summary: dict) -> None:
     if summary["format"] is not None:
-        params = dict(found.params)
-        format = None if summary["format"] == "auto" else summary["format"]
-        packed, report = formats.pack_tree(params, _masks(params, summary["report"]), format)
-        formats.save(folder / "packed.safetensors", packed)
-        summary["packed_bytes"], summary["dense_bytes"] = report.packed_bytes, report.dense_bytes
-    if not (folder / TOKENIZER).exists() and found.model.classes == BYTES:
+        _pack(folder, found, summary)
+    if source.tokenizer is None:
         byte_tokenizer().save(str(folder / TOKENIZER))
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
     (folder / "README.md").write_text(_card(summary))
-    if summary["report"].get("layers"):
+    if _densities(summary):
         _draw(folder / "compression.png", summary)
 
 
-def _masks(params, report: Mapping):
-    """What a method kept of the layers it compressed: their nonzero weights."""
-    layers = report.get("layers", {})
+def _pack(folder: Path, found: compress.Compressed, summary: dict) -> None:
+    """Writes `packed.safetensors`; that a kernel does not fit the format is said, and costs no compressed model."""
+    params = formats.unpack(dict(found.params))
+    format = None if summary["format"] == "auto" else summary["format"]
+    try:
+        packed, report = formats.pack_tree(params, _masks(params, found), format)
+    except ValueError as error:
+        summary["format_error"] = str(error)
+        tqdm.write(f"no packed.safetensors: {error}")
+        return
+    formats.save(folder / "packed.safetensors", packed)
+    summary["packed_bytes"], summary["dense_bytes"] = report.packed_bytes, report.dense_bytes
+
+
+def _masks(params, found: compress.Compressed):
+    """The masks that the method gives, or the nonzero weights of the layers that it made sparse; matrices only."""
+    given = {} if found.masks is None else flatten(found.masks)
+    layers = found.report.get("layers", {})
 
     def mask(name, leaf):
-        return leaf != 0 if name in layers and leaf.ndim == 2 else jnp.asarray(True)
+        if leaf.ndim == 2 and name in given:
+            return given[name]
+        sparse = leaf.ndim == 2 and layers.get(name, {}).get("density", 1.0) < 1
+        return leaf != 0 if sparse else jnp.asarray(True)
 
-    return map_with_name(mask, params)
+    masks = map_with_name(mask, params)
+    if not any(leaf.ndim for leaf in jax.tree.leaves(masks)):
+        raise ValueError("the method left no kernel with zeros, so that there is nothing to pack")
+    return masks
 
 
 def _lines(summary: Mapping, out: Path) -> str:
@@ -257,7 +302,7 @@ def _lines(summary: Mapping, out: Path) -> str:
     lines = [
         f"loss        {before['loss']:.4f} -> {after['loss']:.4f} nats per token "
         f"(perplexity {before['perplexity']:.3f} -> {after['perplexity']:.3f})",
-        f"sparsity    {100 * summary['sparsity_reached']:.2f} % by {summary['method']}, {summary['pattern']}; "
+        f"sparsity    {100 * summary['sparsity_reached']:.2f} % by {_title(summary)}; "
         f"{100 * left:.1f} % of {summary['parameters_before']:,} parameters are stored",
         f"time        {summary['seconds']:.1f} s, peak memory {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
     ]
@@ -266,13 +311,20 @@ def _lines(summary: Mapping, out: Path) -> str:
     return "\n".join((*lines, f"written     {out} ({', '.join(sorted(p.name for p in out.iterdir()))})"))
 
 
+def _title(summary: Mapping) -> str:
+    """The method, and the pattern if one was asked for."""
+    return summary["method"] + (f", {summary['pattern']}" if summary["pattern"] else "")
+
+
 def _card(summary: Mapping) -> str:
     """The model card: what was done, and what it did."""
     before, after, chosen = summary["before"], summary["after"], summary["calibration"]
     rows = [
         ("compressed from", f"`{summary['model']}`"),
         ("method", f"`{summary['method']}` {summary['options'] or ''}"),
-        ("sparsity", f"{summary['sparsity_reached']:.4f} reached, {summary['sparsity']} asked, {summary['pattern']}"),
+        ("pattern", summary["pattern"]),
+        ("sparsity asked", summary["sparsity"]),
+        ("sparsity reached", f"{summary['sparsity_reached']:.4f}"),
         ("allocation", f"`{summary['allocation']}`"),
         ("calibration", f"{chosen['samples']} windows of {chosen['length']} tokens of `{chosen['corpus']}`, seed {summary['seed']}"),
         ("parameters stored", f"{summary['parameters']:,} of {summary['parameters_before']:,}"),
@@ -281,21 +333,29 @@ def _card(summary: Mapping) -> str:
         f"| {name} | {before[name]:.4f} | {after[name]:.4f} |"
         for name in ("loss", "perplexity", "bits_per_byte")
     ]
+    library = "sparsejax" if summary["folder"] == native.MODEL_TYPE else "transformers"
+    details = "has every layer's density and error" if _densities(summary) else "has what the method reports"
     return (
-        "---\nlibrary_name: transformers\ntags:\n- sparsejax\n---\n\n# A compressed language model\n\n"
+        f"---\nlibrary_name: {library}\ntags:\n- sparsejax\n---\n\n# A compressed language model\n\n"
         + "| | |\n| --- | --- |\n"
-        + "".join(f"| {name} | {value} |\n" for name, value in rows)
+        + "".join(f"| {name} | {value} |\n" for name, value in rows if value is not None)
         + f"\nHeld-out text of `{summary['evaluation']['corpus']}`, {before['tokens']:,} predictions:\n\n"
         + "| | before | after |\n| --- | ---: | ---: |\n"
         + "\n".join(losses)
-        + "\n\nZeros are stored as zeros; `summary.json` has every layer's density and error.\n"
+        + f"\n\nZeros are stored as zeros; `summary.json` {details}.\n"
     )
+
+
+def _densities(summary: Mapping) -> dict[str, float]:
+    """The density of every layer whose report has one."""
+    layers = summary["report"].get("layers", {})
+    return {name: layer["density"] for name, layer in layers.items() if "density" in layer}
 
 
 def _draw(path: Path, summary: Mapping) -> None:
     """Density and relative output error of every layer."""
     layers = summary["report"]["layers"]
-    names = list(layers)
+    names = list(_densities(summary))
     figure = matplotlib.figure.Figure(figsize=(max(6.4, 0.16 * len(names) + 2), 5.6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for axis, key, title in zip(
@@ -307,5 +367,5 @@ def _draw(path: Path, summary: Mapping) -> None:
     axes[1].set_xticks(
         range(len(names)), [name.removesuffix("/kernel") for name in names], rotation=90, fontsize=7
     )
-    figure.suptitle(f"{summary['method']}, {100 * summary['sparsity_reached']:.1f} % of the weights removed")
+    figure.suptitle(f"{_title(summary)}: sparsity {100 * summary['sparsity_reached']:.1f} %")
     figure.savefig(path, dpi=150)

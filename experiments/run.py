@@ -67,9 +67,12 @@ def main(arguments):
 
 
 def parse(arguments):
-    """The flags, with one sentence for a field that the configuration file does not have."""
+    """The flags, with one sentence for a mistake in them and for a field that the configuration file does not have."""
     try:
-        return app.parse_flags_with_usage(arguments)
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except (AttributeError, KeyError) as error:
         cause = error.args[0]
         field = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())

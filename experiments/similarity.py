@@ -35,7 +35,7 @@ def base() -> ml_collections.ConfigDict:
             "sparsity": ml_collections.config_dict.placeholder(float),
             "pattern": "unstructured",
             "samples": 512,
-            "held_out": 512,
+            "held_out": 256,
             "length": 48,
         }
     )

@@ -39,7 +39,8 @@ TABLE = Table(
         Panel(
             "Four bits, half of the groups",
             tuple(
-                Row(name, name, 0.5, overrides, name in ("W4S50", "W2")) for name, overrides in ROWS.items()
+                Row(name, name, overrides.get("sparsity", 0.5) or 0.0, overrides, name in ("W4S50", "W2"))
+                for name, overrides in ROWS.items()
             ),
             seeds=3,
         ),

@@ -44,6 +44,7 @@ TABLE = Table(
         "M. Sun et al.: A simple and effective pruning approach for large language models (Wanda), ICLR 2024",
         "E. Frantar, D. Alistarh: SparseGPT, ICML 2023",
         "Y. Zhang et al.: Dynamic sparse no training (DSnoT), ICLR 2024",
+        "L. Yin et al.: Outlier weighed layerwise sparsity (OWL), ICML 2024 (the figures of the first three)",
     ),
     about=compression.ABOUT
     + "The 28 kernels of its blocks are pruned block by block. Magnitude compares the weights of a "
@@ -59,10 +60,10 @@ TABLE = Table(
             ),
             seeds=3,
             paper=(
-                Figures("magnitude", "LLaMA-7B, WikiText-2, perplexity", {0.7: 48419}, BITS.name),
+                Figures("magnitude", "LLaMA-7B, WikiText-2, perplexity; OWL's table", {0.7: 48419}, BITS.name),
                 Figures("Wanda", "the same", {0.7: 85.77}, BITS.name),
                 Figures("SparseGPT", "the same", {0.7: 26.30}, BITS.name),
-                Figures("Wanda + DSnoT", "the same", {0.7: 62.05}, BITS.name),
+                Figures("Wanda + DSnoT", "LLaMA-7B, WikiText-2, perplexity; DSnoT's table, where Wanda has 88.84", {0.7: 62.05}, BITS.name),
             ),
         ),
         Panel(NM, rows((NM,)), seeds=3, reference=""),

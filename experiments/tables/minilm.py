@@ -35,7 +35,7 @@ TABLE = Table(
     ),
     about="The encoder all-MiniLM-L6-v2 (six blocks of width 384, trained on a billion pairs of sentences), as its package "
     "ships it, is pruned without fine-tuning: the 36 kernels of its blocks, block by block, with 512 sentences from the "
-    "docstrings of Python's standard library. For 512 sentences of other files, the cosine similarities of all pairs are "
+    "docstrings of Python's standard library. For 256 sentences of other files, the cosine similarities of all pairs are "
     "ranked before and after. Seeds are draws of the sentences. The papers prune decoders; this asks whether their order "
     "of methods holds for an encoder.",
     base=similarity.base(),

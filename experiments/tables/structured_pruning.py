@@ -15,7 +15,7 @@ TITLES = {
     "ziplm": "ZipLM",
 }
 # Every method removes the same share of the blocks' weights.
-OPTIONS = {"slicegpt": {"count": "weights"}, "ziplm": {"evaluations": 200, "starts": 20, "patience": 20}}
+OPTIONS = {"slicegpt": {"count": "weights", "multiple": 1}, "ziplm": {"evaluations": 200, "starts": 20, "patience": 20}}
 PLAIN = "FLAP, no biases"
 
 

@@ -1,8 +1,8 @@
 """ZipLM: which speed-up is asked for and which one is reached, on two otherwise idle cores (`--jobs=1`)."""
 
 from experiments import compression
-from experiments.claims import Claim, all_of, within
-from experiments.compression import BITS, DAMAGE, QUICK, SECONDS, SPEEDUP, STORED
+from experiments.claims import Claim, all_of, greater, within
+from experiments.compression import BITS, DAMAGE, QUICK, SECONDS, STORED
 from experiments.tables import Metric, Panel, Row, Table
 
 ASKED = (1.25, 1.5, 2.0)
@@ -28,16 +28,17 @@ TABLE = Table(
                 Row(label(x), "ZipLM", x, {"method": "ziplm", "options": {"speedup": x, **OPTIONS}}, x == 1.5)
                 for x in ASKED
             ),
-            seeds=3, x_title="speed-up asked", x_scale="log", reference="", overrides={"repeats": 10},
+            seeds=3, x_title="speed-up asked", x_scale="log", reference="",
         ),
     ),
     claims=(
-        Claim("The speed-up predicted is at least the one asked, and at most a tenth above it",
-              all_of(*(within(label(x), 1.05 * x, 0.06 * x, PREDICTED.name) for x in ASKED))),
+        Claim("The speed-up predicted is at least the one asked (to rounding), and at most a tenth above it",
+              all_of(*(check for x in ASKED for check in (
+                  greater(label(x), 0.999 * x, PREDICTED.name), greater(1.1 * x, label(x), PREDICTED.name))))),
         Claim("The speed-up reached is within 15 % of the one asked",
               all_of(*(within(label(x), x, 0.15 * x, "report_speedup") for x in ASKED))),
     ),
-    metrics=(Metric("report_speedup", "speed-up reached", 1, 2), PREDICTED, SPEEDUP, BITS, DAMAGE, STORED, SECONDS),
+    metrics=(Metric("report_speedup", "speed-up reached", 1, 2), PREDICTED, BITS, DAMAGE, STORED, SECONDS),
     quick=QUICK,
     function=compression.run,
 )  # fmt: skip

@@ -17,7 +17,17 @@ from sparsejax.formats.group_quantised import GroupQuantisedArray
 from sparsejax.formats.interop import from_bcoo, from_bcsr, from_scipy, to_bcoo, to_bcsr, to_scipy
 from sparsejax.formats.matmul import matmul
 from sparsejax.formats.nm import NMArray
-from sparsejax.formats.packing import FORMATS, Record, Report, convert, pack, pack_tree, unpack, unpack_masks
+from sparsejax.formats.packing import (
+    FORMATS,
+    Record,
+    Report,
+    check_format,
+    convert,
+    pack,
+    pack_tree,
+    unpack,
+    unpack_masks,
+)
 
 __all__ = [
     "FORMATS",
@@ -30,6 +40,7 @@ __all__ = [
     "Packed",
     "Record",
     "Report",
+    "check_format",
     "convert",
     "from_bcoo",
     "from_bcsr",

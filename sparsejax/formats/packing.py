@@ -165,17 +165,30 @@ def convert(w: Packed, format: str, *, name: str = "weight"):
     return pack(w.to_dense(), w.mask(), format, name=name)
 
 
-def _build(w, mask, format: str, name: str):
+def check_format(format: str, name: str = "weight") -> None:
+    """Raises ValueError, which lists the known ones, for a name that is no format's."""
+    _parse(format, name)
+
+
+def _parse(format: str, name: str):
+    """(class, keywords) of a format's name; the class of "dense" is None."""
     if format == "dense":
+        return None, {}
+    if format in FORMATS:
+        return FORMATS[format], {}
+    if found := re.fullmatch(r"(\d+):(\d+)", str(format)):
+        return NMArray, {"n": int(found[1]), "m": int(found[2])}
+    if found := re.fullmatch(r"block:(\d+)x(\d+)", str(format)):
+        return BlockSparseArray, {"block": (int(found[1]), int(found[2]))}
+    raise ValueError(f"unknown format {format!r} for {name} (known: {_KNOWN})")
+
+
+def _build(w, mask, format: str, name: str):
+    cls, keywords = _parse(format, name)
+    if cls is None:
         check_mask(w, mask, name)
         return mask_weight(jnp.asarray(w), jnp.asarray(mask))
-    if format in FORMATS:
-        return FORMATS[format].from_dense(w, mask, name=name)
-    if found := re.fullmatch(r"(\d+):(\d+)", str(format)):
-        return NMArray.from_dense(w, mask, n=int(found[1]), m=int(found[2]), name=name)
-    if found := re.fullmatch(r"block:(\d+)x(\d+)", str(format)):
-        return BlockSparseArray.from_dense(w, mask, block=(int(found[1]), int(found[2])), name=name)
-    raise ValueError(f"unknown format {format!r} for {name} (known: {_KNOWN})")
+    return cls.from_dense(w, mask, name=name, **keywords)
 
 
 def _pick(w, mask, name: str) -> tuple[str, str]:

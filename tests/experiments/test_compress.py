@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import compress as command
-from experiments import compression, compression_session
+from experiments import compression, compression_session, tables
 from sparsejax import compress, formats, models
 from sparsejax.interop import huggingface, native
 from sparsejax.interop.tokenization import byte_tokenizer
@@ -18,7 +18,7 @@ SETTINGS = {
     "method": "wanda",
     "options": {},
     "sparsity": 0.5,
-    "pattern": "unstructured",
+    "pattern": None,
     "allocation": "uniform",
     "calibration": {"corpus": "stdlib", "samples": 4, "length": 16},
     "evaluation": {"corpus": "stdlib", "windows": 4},
@@ -112,6 +112,70 @@ def test_models_of_our_own_go_through_a_folder(tmp_path):
         native.load(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder in bfloat16, with shared heads, a tied head, and a tokenizer of its own."""
+    model = models.build("transformer", 256, **ATTRIBUTES, kv_heads=1, tied=True)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    path = tmp_path_factory.mktemp("models") / "small"
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    huggingface.save(path, model, half, {"model_type": "qwen2"})
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+SEARCH = {"method": "magnitude", "generations": 1, "offspring": 2, "stages": ((1, 16),)}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "kind"),
+    [
+        ("flap", {"options": {"structures": ["mlp"]}}, "huggingface"),
+        ("wanda_sp", {}, "huggingface"),
+        ("ziplm", {"options": {"evaluations": 2, "starts": 1, "patience": 1}}, "huggingface"),
+        ("slicegpt", {}, "sparsejax"),
+        ("gqsa", {"options": {"block_epochs": 0, "epochs": 0}, "format": "auto"}, "huggingface"),
+        ("evopress", {"options": SEARCH, "format": "bitmap"}, "huggingface"),
+    ],
+)
+def test_methods_that_see_the_whole_model(small, tmp_path, method, changes, kind):
+    summary = run(small, tmp_path / "out", **{"method": method, **changes})
+    assert summary["folder"] == kind and 0.3 < summary["sparsity_reached"] < 0.7
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == (small / "tokenizer.json").read_text()
+    again = compression_session.open_model(tmp_path / "out")
+    assert compression.parameters(again.params) == summary["parameters"]
+    assert {str(leaf.dtype) for part in again.params for leaf in jax.tree.leaves(again.params[part])} == {
+        "bfloat16"
+    }
+    tokens = compression.read_text(SETTINGS)
+    loss = compress.perplexity(again.model, again.params, tokens.held_out, size=tokens.size)
+    assert loss["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"library_name: {'transformers' if kind == 'huggingface' else kind}\n" in card
+    assert "None" not in card
+    if "format" in changes:
+        assert summary["packed_bytes"] < summary["dense_bytes"]
+    once_more = run(tmp_path / "out", tmp_path / "more", method="wanda", sparsity=0.75)
+    assert once_more["folder"] == kind and once_more["sparsity_reached"] >= 0.75
+
+
+def test_a_format_that_does_not_fit_costs_no_model(folder, tmp_path):
+    summary = run(folder, tmp_path / "out", format="2:4")
+    assert "first violation" in summary["format_error"] or "2:4" in summary["format_error"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "packed.safetensors").exists()
+
+
+def test_a_row_of_a_table(tmp_path):
+    config = tables.override(compression.base(), {**compression.QUICK, "decoder.steps": 2})
+    config = tables.override(config, {"method": "flap", "sparsity": 0.5, "repeats": 2})
+    summary = compression.run(config, tmp_path / "row")
+    assert summary == json.loads((tmp_path / "row" / "summary.json").read_text())
+    assert summary["sparsity"] == pytest.approx(0.5, abs=0.03) and summary["speedup"] > 0
+    assert summary["damage"] == summary["bits_per_byte"] - summary["dense_bits_per_byte"]
+    assert summary["parameters_left"] < 0.9
+
+
 def test_bytes_are_their_own_tokens():
     text = "héllo\n\t wörld 123 \U0001f600"
     found = byte_tokenizer().encode(text)
@@ -124,7 +188,10 @@ def test_bytes_are_their_own_tokens():
     [
         ({"method": "wonda"}, "unknown method 'wonda'"),
         ({"options": {"scoop": 1}}, "unknown keyword of method 'wanda': 'scoop'"),
-        ({"sparsity": 1.5}, "1.5"),
+        ({"sparsity": 1.5}, r"sparsity must be in \[0, 1\), got 1.5"),
+        ({"method": "flap", "sparsity": 2.0}, r"sparsity must be in \[0, 1\), got 2.0"),
+        ({"method": "flap", "allocation": "owl"}, "flap decides by itself"),
+        ({"format": "cssr"}, "unknown format 'cssr' for --format"),
         ({"pattern": "channel"}, "wanda cannot do the pattern channel"),
         ({"allocation": "owls"}, "unknown allocation 'owls'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
@@ -138,7 +205,30 @@ def test_bytes_are_their_own_tokens():
 def test_mistakes_leave_nothing_behind(folder, tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(folder, tmp_path / "out", **changes)
-    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".resume")]
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_decoders(tmp_path):
+    model = models.build("encoder", 0, vocabulary=256, depth=1, width=16, heads=2, hidden=24, max_length=32)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    huggingface.save(tmp_path / "bert", model, params, {"model_type": "bert"})
+    byte_tokenizer().save(str(tmp_path / "bert" / "tokenizer.json"))
+    with pytest.raises(ValueError, match="holds no decoder, which alone has a next token, but Encoder"):
+        run(tmp_path / "bert", tmp_path / "out")
+
+
+def test_a_folder_in_the_way_of_finished_blocks_is_kept(folder, tmp_path):
+    (tmp_path / "out.resume").mkdir()
+    (tmp_path / "out.resume" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out.resume' is needed for finished blocks"):
+        run(folder, tmp_path / "out")
+    run(folder, tmp_path / "out", method="wanda_sp")
+    assert (tmp_path / "out.resume" / "mine.txt").read_text() == "mine"
+
+
+def test_owl_with_patterns(folder, tmp_path):
+    summary = run(folder, tmp_path / "out", pattern="4:8", sparsity=None, allocation="owl")
+    assert summary["sparsity_reached"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_an_existing_folder_is_not_touched(folder, tmp_path):
@@ -149,7 +239,7 @@ def test_an_existing_folder_is_not_touched(folder, tmp_path):
         run(tmp_path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("value", ["damping", "[1]", "{'a': f()}"])
+@pytest.mark.parametrize("value", ["damping", "[1]", "{'a': f()}", "{[1]: 2}", "{1: 2}"])
 def test_options_are_dicts(value):
     with pytest.raises(ValueError, match="--options must be a Python dict"):
         command.literal("options", value)

