@@ -96,9 +96,8 @@ def watch(model, params, tokens, needs, *, batch: int, progress) -> Iterator[tup
       ValueError: naming the layer, for inputs that are not finite.
     """
     layers = [f"{sub}/{layer}/kernel" for sub, layer in CONSUMERS.items()]
-    for i, seen in enumerate(
-        observe(model, params, tokens, needs, layers=layers, batch=batch, progress=progress)
-    ):
+    dense = observe(model, params, tokens, needs, layers=layers, batch=batch, progress=progress)
+    for i, seen in enumerate(dense):
         for path, stats in seen.stats.items():
             for entry, value in stats.items():
                 if not bool(jnp.isfinite(value).all()):
@@ -129,14 +128,11 @@ def bound(model: Transformer, keys: Container, compensated: bool = False) -> set
     """
     found, cut, homeless = set(), False, model.tied and model.positions != "learned"
     for i, sub in units_of(model, tuple(STRUCTURES)):
-        size = sizes_of(model, i)
+        key, size = (i, sub), sizes_of(model, i)
         cut |= bool(size["stream"])
-        if (i, sub) in keys and (compensated or CONSUMERS[sub] in size["bias"]) and (cut or homeless):
-            found.add((i, sub))
-        homeless &= (i, sub) in keys and (
-            i,
-            sub,
-        ) not in found  # one that stays takes the biases of later ones
+        if key in keys and (compensated or CONSUMERS[sub] in size["bias"]) and (cut or homeless):
+            found.add(key)
+        homeless &= key in keys and key not in found  # one that stays takes the biases of later ones
     return found
 
 
