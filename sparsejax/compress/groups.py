@@ -102,7 +102,8 @@ def watch(model, params, tokens, needs, *, batch: int, progress) -> Iterator[tup
             for entry, value in stats.items():
                 if not bool(jnp.isfinite(value).all()):
                     raise ValueError(
-                        f"the inputs of {seen.name}/{path} are not finite (their {entry}); the model's activations overflow"
+                        f"the inputs of {seen.name}/{path} are not finite (their {entry}); "
+                        "the model's activations overflow"
                     )
         yield i, seen
 
