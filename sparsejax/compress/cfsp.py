@@ -145,6 +145,10 @@ def cfsp(
         for i, seen in watch(model, params, tokens, ("square",), batch=batch, progress=progress):
             if (i, "mlp") in units:
                 values.append(importance(seen.inputs, seen.outputs, coarse))
+                if not np.isfinite(values[-1]):
+                    raise ValueError(
+                        f"the outputs of {seen.name} are not finite; the model's activations overflow"
+                    )
                 kernels = {name: layer["kernel"] for name, layer in seen.params["mlp"].items()}
                 square = seen.stats["mlp/down/kernel"]["square"]
                 scores[i, "mlp"] = channel_scores(

@@ -19,7 +19,7 @@ Attention's scores are squared once more, as in the authors' code. Then the scor
 Departures. The cost of a head group is its number of weights, where the authors take 512 / 3 channels of a gated
 network for heads of width 128. The scores kept are those of highest rank until the weights come nearest to the
 budget, where they compare with a threshold. Statistics are those of all tokens (the released running variance is
-not). Without a bias to move to (tied embeddings and rotary positions) the first block keeps a head group.
+not). A sub-block whose bias could not move (`sparsejax.compress.groups.bound`) keeps its best unit.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ from sparsejax.compress.groups import (
     consumer,
     pooled,
     prepare,
+    protect,
     remove,
     share_of,
     uniform,
@@ -79,12 +80,14 @@ def flap(
       allocation: one of `ALLOCATIONS`.
       compensate: whether the removed inputs' mean becomes a bias of `out` and `down` (the model gets one if it
         has none).
-      heads: head groups that AL-MM removes; None for at most the same share as of the channels.
+      heads: head groups that AL-MM removes; None for at most the same share as of the channels, or more where the
+        channels do not suffice.
       structures: what may be removed: "heads", "channels" or both.
       batch: sequences that go through a block at once.
 
     Raises:
-      ValueError: for an unknown metric or allocation, and `heads` with another allocation than AL-MM.
+      ValueError: for an unknown metric or allocation, and `heads` with another allocation than AL-MM; in `run` for
+        more `heads` than may go, or so many or few that the sparsity cannot be reached.
     """
     choose("metric", metric, NEEDS)
     choose("allocation", allocation, ALLOCATIONS)
@@ -95,21 +98,20 @@ def flap(
 
     def run(model, params, tokens, sparsity, pattern=None, *, progress=None):
         sparsity = prepare("flap", model, sparsity, pattern)
-        units, found, means, kernels = units_of(model, structures), {}, {}, {}
+        units, found, means = units_of(model, structures), {}, {}
         for i, seen in watch(model, params, tokens, NEEDS[metric], batch=batch, progress=progress):
             for key in (key for key in units if key[0] == i):
                 stats = seen.stats[f"{key[1]}/{CONSUMERS[key[1]]}/kernel"]
-                kernels[key], means[key] = (
-                    consumer(seen.params, key[1]),
-                    np.asarray(stats["mean"], np.float64),
-                )
-                found[key] = unit_scores(scores(kernels[key], stats, metric), units[key], key[1])
-        first = (0, "attention")
-        if compensate and model.tied and model.positions == "rotary" and first in found:
-            found[first][np.argmax(found[first])] = np.inf
+                means[key] = np.asarray(stats["mean"], np.float64)
+                inputs = scores(consumer(seen.params, key[1]), stats, metric)
+                found[key] = unit_scores(inputs, units[key], key[1])
+        protect(model, found, compensate)
         kept = _allocate(allocation, found, units, sparsity, linear_weights(params, model.depth), heads)
-        biases = {key: _bias(kept[key], units[key], means[key], kernels[key]) for key in units if compensate}
-        biases = {key: bias for key, bias in biases.items() if not kept[key].all()}
+        cut = [key for key in units if compensate and not kept[key].all()]
+        biases = {
+            key: _bias(kept[key], units[key], means[key], consumer(params[f"block_{key[0]}"], key[1]))
+            for key in cut
+        }
         findings = {"metric": metric, "allocation": allocation, "compensate": compensate}
         return remove(
             "flap", model, params, tokens, sparsity, kept, batch=batch, biases=biases, findings=findings
@@ -136,19 +138,23 @@ def _allocate(allocation, found, units, sparsity, total, heads) -> dict:
         return pooled(found, units, own - sparsity * total)
     groups = {key: entry for key, entry in units.items() if key[1] == "attention"}
     channels = {key: entry for key, entry in units.items() if key[1] == "mlp"}
-    count = sum(entry.count for entry in groups.values())
-    gone = int(share * count) if heads is None else heads
-    if gone > count:
-        raise ValueError(f"flap cannot remove {gone} head groups of {count}")
-    kept = {}
-    if groups:
-        flat = best(np.concatenate([found[key] for key in groups]), count - gone)
-        splits = np.cumsum([entry.count for entry in groups.values()])[:-1]
-        kept = dict(zip(groups, np.split(flat, splits), strict=True))
-    removed = sum(int((~kept[key]).sum()) * entry.weight for key, entry in groups.items())
     left = sum(entry.count * entry.weight for entry in channels.values())
+    flat = np.concatenate([np.zeros(0), *(found[key] for key in groups)])
+    most = int((~np.isposinf(flat)).sum())
+    if heads is None:
+        weights = np.array([entry.weight for entry in groups.values() for _ in range(entry.count)], np.int64)
+        totals = np.cumsum([0, *weights[np.argsort(-flat, kind="stable")[::-1]]])
+        needed = np.searchsorted(totals, sparsity * total - left - 0.5)  # weights are whole numbers
+        gone = min(max(int(share * flat.size), int(needed)), most)
+    elif heads > most:
+        raise ValueError(f"flap can remove at most {most} of {flat.size} head groups, got heads={heads}")
+    else:
+        gone = heads
+    splits = np.cumsum([entry.count for entry in groups.values()])
+    kept = dict(zip(groups, np.split(best(flat, flat.size - gone), splits), strict=False))
+    removed = sum(int((~kept[key]).sum()) * entry.weight for key, entry in groups.items())
     budget = left - (sparsity * total - removed)
-    if channels and not 0 <= budget <= left:
+    if channels and heads is not None and not 0 <= budget <= left:
         raise ValueError(f"flap cannot reach sparsity {sparsity} when it removes {gone} head groups")
     return {**kept, **(pooled(found, channels, budget) if channels else {})}
 

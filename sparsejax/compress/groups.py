@@ -10,10 +10,11 @@ and *sparsity* is the share of all weights in the blocks' kernels that is remove
 and the head. Units of different weight never add up exactly; methods come within one unit of the target.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.compress.base import Compressed
@@ -32,6 +33,7 @@ from sparsejax.compress.stream import Stream
 from sparsejax.masks import check_sparsity, choose
 from sparsejax.models import Transformer
 from sparsejax.models.layers import head_width, layer_sizes
+from sparsejax.patterns import Unstructured, parse
 
 STRUCTURES = {"heads": "attention", "channels": "mlp"}  # what may be removed, and from which sub-block
 
@@ -70,9 +72,10 @@ def prepare(name: str, model, sparsity, pattern) -> float:
     """The sparsity, checked; the first line of every structured method's `run`.
 
     Raises:
-      ValueError: for a sparsity outside [0, 1), a pattern, and a model whose units are not known here.
+      ValueError: for a sparsity outside [0, 1), a pattern other than "unstructured", which asks for nothing, and a
+        model whose units are not known here.
     """
-    if pattern is not None:
+    if parse(pattern or "unstructured") != Unstructured():
         raise ValueError(f"{name} removes whole structures and takes no pattern, got {pattern!r}")
     if not isinstance(model, Transformer):
         raise ValueError(f"{name} can compress a Transformer, got a {type(model).__name__}")
@@ -88,9 +91,21 @@ def watch(model, params, tokens, needs, *, batch: int, progress) -> Iterator[tup
     """Pairs (block, what was seen of it) of one dense pass; statistics of `out`'s and `down`'s inputs.
 
     They lie at `seen.stats["attention/out/kernel"]` and `seen.stats["mlp/down/kernel"]`.
+
+    Raises:
+      ValueError: naming the layer, for inputs that are not finite.
     """
     layers = [f"{sub}/{layer}/kernel" for sub, layer in CONSUMERS.items()]
-    yield from enumerate(observe(model, params, tokens, needs, layers=layers, batch=batch, progress=progress))
+    dense = observe(model, params, tokens, needs, layers=layers, batch=batch, progress=progress)
+    for i, seen in enumerate(dense):
+        for path, stats in seen.stats.items():
+            for entry, value in stats.items():
+                if not bool(jnp.isfinite(value).all()):
+                    raise ValueError(
+                        f"the inputs of {seen.name}/{path} are not finite (their {entry}); "
+                        "the model's activations overflow"
+                    )
+        yield i, seen
 
 
 def consumer(part: Mapping, sub: str):
@@ -99,6 +114,38 @@ def consumer(part: Mapping, sub: str):
 
 
 # --- which units stay --------------------------------------------------------------------------------
+
+
+def bound(model: Transformer, keys: Container, compensated: bool = False) -> set:
+    """The sub-blocks that must keep a unit, because their bias could not move (`sparsejax.compress.shrink`).
+
+    Those are the first one with a bias in a model with tied embeddings and no learned positions, and all with a bias
+    from the first shortcut on.
+
+    Args:
+      model: the model.
+      keys: the (block, sub-block) that may lose units.
+      compensated: whether they get biases, also where they have none.
+    """
+    found, cut, homeless = set(), False, model.tied and model.positions != "learned"
+    for i, sub in units_of(model, tuple(STRUCTURES)):
+        key, size = (i, sub), sizes_of(model, i)
+        cut |= bool(size["stream"])
+        if key in keys and (compensated or CONSUMERS[sub] in size["bias"]) and (cut or homeless):
+            found.add(key)
+        homeless &= key in keys and key not in found  # one that stays takes the biases of later ones
+    return found
+
+
+def protect(model: Transformer, scores: Mapping, compensated: bool = False) -> None:
+    """Gives the best unit of every sub-block that is `bound` the score inf, in place, so that it stays.
+
+    Args:
+      model, compensated: as for `bound`.
+      scores: {(block, sub-block): one number per unit}.
+    """
+    for key in bound(model, scores, compensated):
+        scores[key][np.argmax(scores[key])] = np.inf
 
 
 def pooled(scores: Mapping, units: Mapping, budget: float) -> dict:
@@ -110,14 +157,15 @@ def pooled(scores: Mapping, units: Mapping, budget: float) -> dict:
       budget: weights to keep.
 
     Returns:
-      {(block, sub-block): bool per unit, True for those kept}; never more than half a unit from the budget.
+      {(block, sub-block): bool per unit, True for those kept}; never more than half a unit from the budget, unless
+      those of score inf exceed it, which all stay.
     """
     flat = np.concatenate([scores[key] for key in units])
     weights = np.repeat([entry.weight for entry in units.values()], [entry.count for entry in units.values()])
     order = np.argsort(-flat, kind="stable")
     totals = np.concatenate([[0], np.cumsum(weights[order])])
-    kept = np.zeros(flat.size, bool)
-    kept[order[: np.argmin(np.abs(totals - budget))]] = True
+    kept, least = np.zeros(flat.size, bool), int(np.isposinf(flat).sum())
+    kept[order[: least + np.argmin(np.abs(totals[least:] - budget))]] = True
     return dict(
         zip(units, np.split(kept, np.cumsum([entry.count for entry in units.values()])[:-1]), strict=True)
     )
@@ -127,7 +175,7 @@ def uniform(name: str, scores: Mapping, units: Mapping, sparsity: float, total: 
     """The units of highest score of every sub-block, so that every block loses the same share.
 
     A block loses round(share * KV heads) head groups, and as many channels as then bring it to its share; what is
-    left over is made up in the next block. Without channels, head groups do that.
+    left over is made up in the next block. Without channels, head groups do that. Units of score inf stay.
 
     Args:
       name: of the method.
@@ -146,7 +194,7 @@ def uniform(name: str, scores: Mapping, units: Mapping, sparsity: float, total: 
         for key in own:
             count, weight, _ = units[key]
             exact = share * count if key != own[-1] else (target - removed) / weight
-            gone = int(np.clip(round(exact), 0, count))
+            gone = int(np.clip(round(exact), 0, count - np.isposinf(scores[key]).sum()))
             removed += gone * weight
             kept[key] = best(scores[key], count - gone)
     return kept
@@ -283,9 +331,11 @@ __all__ = [
     "STRUCTURES",
     "Units",
     "best",
+    "bound",
     "consumer",
     "pooled",
     "prepare",
+    "protect",
     "remove",
     "share_of",
     "uniform",

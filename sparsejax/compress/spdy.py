@@ -51,8 +51,10 @@ def spdy_choice(
     """
     errors, rounded = _check(errors, times, budget, buckets)
     dense = tuple(int(np.argmin(error)) for error in errors)
-    if sum(time[i] for time, i in zip(times, dense, strict=True)) <= budget:
-        return dense  # the rounded times of a choice that just fits may add up to more than T
+    if sum(time[i] for time, i in zip(times, dense, strict=True)) <= budget * (1 + 1e-9):
+        return (
+            dense  # a choice that just fits may exceed T by rounding, of its sum and of its times to buckets
+        )
     weights = np.ones(len(errors)) if coefficients is None else np.asarray(coefficients, np.float64)
     best, chosen = np.zeros(buckets + 1), []  # best[b]: smallest error of the layers so far in b buckets
     for weight, error, cost in zip(weights, errors, rounded, strict=True):
@@ -86,7 +88,7 @@ def spdy_search(
     Args:
       errors, times, budget, buckets: as for `spdy_choice`.
       objective: the loss of a choice, such as that of the stitched model on calibration data; called once for
-        every different choice.
+        every different choice. NaN counts as infinite.
       starts: random sensitivities at first; the first of them are all ones.
       patience: draws without improvement after which r becomes smaller.
       share: of the layers that are drawn again at first.
@@ -107,7 +109,8 @@ def spdy_search(
         nonlocal best
         choice = spdy_choice(errors, times, budget, coefficients, buckets=buckets)
         if choice not in losses:
-            losses[choice] = float(objective(choice))
+            loss = float(objective(choice))
+            losses[choice] = np.inf if np.isnan(loss) else loss
             better = best[1] is None or losses[choice] < best[0]
             best = (losses[choice], choice, coefficients) if better else best
             history.append(best[0])

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsejax.compress.base import Whole
-from sparsejax.compress.groups import consumer, prepare, remove, uniform, units_of, watch
+from sparsejax.compress.groups import consumer, prepare, protect, remove, uniform, units_of, watch
 from sparsejax.compress.shrink import CONSUMERS, linear_weights
 
 
@@ -58,6 +58,7 @@ def _method(name, needs, structures, batch, score, seed=0) -> Whole:
                 stats = seen.stats[f"{key[1]}/{CONSUMERS[key[1]]}/kernel"]
                 inputs = score(consumer(seen.params, key[1]), stats, random)
                 scores[key] = inputs.reshape(units[key].count, units[key].shared).sum(1)
+        protect(model, scores)
         kept = uniform(name, scores, units, sparsity, linear_weights(params, model.depth))
         return remove(name, model, params, tokens, sparsity, kept, batch=batch)
 

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparsejax.compress.base import Compressed, Whole
-from sparsejax.compress.groups import STRUCTURES, consumer, prepare, remove, units_of, watch
+from sparsejax.compress.base import Whole
+from sparsejax.compress.groups import STRUCTURES, bound, consumer, prepare, remove, share_of, units_of, watch
 from sparsejax.compress.latency import REPEATS, measure_latency, time_models, time_of
 from sparsejax.compress.obs import Snapshot, obs_database
 from sparsejax.compress.shrink import CONSUMERS, linear_weights
@@ -105,6 +105,10 @@ def ziplm(
     With `speedup`, `run`'s sparsity must be None; without, the budget is the blocks' weights: sparsity is the share
     of them that is removed, and the sizes that the search chose are moved by single channels to reach it.
 
+    The snapshots are on the host in float32, in all about 1 / (1 - ratio) times the `down` kernels and half as many
+    times the `out` kernels as a block has head groups; without `speedup` also the Gram matrices of their inputs. The
+    stitched model is on the device, whole.
+
     Args:
       speedup: of the whole model, at least 1: its time divided by that of the result.
       latency: a table of `measure_latency`; None measures one. The speed-up is relative to its "dense" entry, so
@@ -139,14 +143,20 @@ def ziplm(
             )
         sparsity = prepare("ziplm", model, 0.0 if sparsity is None else sparsity, pattern)
         where = shape or (min(batch, len(tokens)), int(np.shape(tokens)[1]))
+        timing = {"dtype": params["embed"]["embedding"].dtype, "repeats": repeats}
         units = units_of(model, tuple(STRUCTURES))
-        sizes = {key: grid(entry.count, key[1], ratio) for key, entry in units.items()}
+        least = {key: int(key in bound(model, units)) for key in units}
+        sizes = {
+            key: [size for size in grid(entry.count, key[1], ratio) if size >= least[key]]
+            for key, entry in units.items()
+        }
         if speedup is None:
             table = None
             times = [[size * units[key].weight for size in sizes[key]] for key in units]
-            budget = (1 - sparsity) * linear_weights(params, model.depth)
+            share = share_of("ziplm", units, sparsity, linear_weights(params, model.depth))
+            budget = (1 - share) * sum(entry.count * entry.weight for entry in units.values())
         else:
-            table = latency or measure_latency(model, sizes, *where, repeats=repeats)
+            table = latency or measure_latency(model, sizes, *where, **timing)
             times = [[time_of(table, key, size) for size in sizes[key]] for key in units]
             budget = table["dense"] / speedup - table["rest"]
             if budget <= 0:
@@ -154,24 +164,39 @@ def ziplm(
                     f"a speed-up of {speedup} leaves no time for the blocks, because the rest takes {table['rest']:g} of "
                     f"{table['dense']:g} milliseconds"
                 )
-        database = _Database(model, params, tokens, units, sizes, damping, batch, progress)
-        objective = _Stitched(model, params, np.asarray(tokens)[:sequences], database, sizes, batch)
+        database = _Database(model, params, tokens, units, sizes, damping, batch, progress, table is None)
+        stitched = _Stitched(model, params, np.asarray(tokens)[:sequences], database, batch)
+
+        def sized(choice):
+            return {key: sizes[key][option] for key, option in zip(units, choice, strict=True)}
+
         search = spdy_search(
             [[database.at(key, size).error for size in sizes[key]] for key in units],
             times,
             budget,
-            objective,
+            lambda choice: stitched(sized(choice)),
             starts=starts,
             patience=patience,
             limit=evaluations,
             seed=seed,
         )
-        chosen = {key: sizes[key][option] for key, option in zip(units, search.choice, strict=True)}
-        chosen = chosen if table else _move(chosen, database, budget)
-        done = _shrunk(model, params, tokens, sparsity, chosen, database, search, batch)
-        if table:
+        chosen, loss = sized(search.choice), search.loss
+        if table is None:
+            chosen = _move(chosen, least, database, budget)
+            loss = stitched(chosen)
+        findings = {
+            "loss": loss,
+            "evaluations": search.evaluations,
+            "choice": {f"block_{i}/{sub}": size for (i, sub), size in chosen.items()},
+        }
+        kept = {key: database.at(key, size).kept for key, size in chosen.items()}
+        kernels = {key: database.kernel(key, size) for key, size in chosen.items()}
+        done = remove(
+            "ziplm", model, params, tokens, sparsity, kept, batch=batch, kernels=kernels, findings=findings
+        )
+        if table is not None:
             predicted = table["rest"] + sum(time_of(table, key, size) for key, size in chosen.items())
-            pair = time_models({"before": model, "after": done.model}, *where, repeats=repeats)
+            pair = time_models({"before": model, "after": done.model}, *where, **timing)
             done.report["asked"] = speedup
             done.report["predicted"] = table["dense"] / predicted
             done.report["speedup"] = pair["before"] / pair["after"]
@@ -182,51 +207,54 @@ def ziplm(
 
 
 class _Database:
-    """Snapshots of all sub-blocks; those of other sizes are made when asked for."""
+    """Snapshots of all sub-blocks; if `more`, Gram matrices are kept to make those of other sizes when asked for."""
 
-    def __init__(self, model, params, tokens, units, sizes, damping, batch, progress):
-        self.units, self._damping, self._inputs, self._found = units, damping, {}, {}
+    def __init__(self, model, params, tokens, units, sizes, damping, batch, progress, more: bool):
+        self.units, self._params, self._damping = units, params, damping
+        self._grams, self._found = {}, {}
         for i, seen in watch(model, params, tokens, ("gram",), batch=batch, progress=progress):
             for key in (key for key in units if key[0] == i):
                 gram = np.asarray(seen.stats[f"{key[1]}/{CONSUMERS[key[1]]}/kernel"]["gram"])
-                self._inputs[key] = consumer(seen.params, key[1]), gram
-                self._found[key] = self._make(key, sizes[key])
+                self._found[key] = self._make(key, gram, sizes[key])
+                if more:
+                    self._grams[key] = gram
 
     def at(self, key, size: int) -> Snapshot:
         """A sub-block at a size."""
         if size not in self._found[key]:
-            self._found[key] |= self._make(key, [size])
+            self._found[key] |= self._make(key, self._grams[key], [size])
         return self._found[key][size]
 
     def kernel(self, key, size: int):
         """Its kernel in the dense shape, zero where structures are gone; float32."""
-        snapshot, old = self.at(key, size), self._inputs[key][0]
-        kernel = np.zeros(old.shape, np.float32)
-        kernel[np.repeat(snapshot.kept, self.units[key].shared)] = snapshot.rows
+        snapshot = self.at(key, size)
+        rows = np.repeat(snapshot.kept, self.units[key].shared)
+        kernel = np.zeros((rows.size, snapshot.rows.shape[1]), np.float32)
+        kernel[rows] = snapshot.rows
         return kernel
 
-    def _make(self, key, sizes):
+    def _make(self, key, gram, sizes):
+        kernel = consumer(self._params[f"block_{key[0]}"], key[1])
         try:
-            kernel, gram = self._inputs[key]
             return obs_database(kernel, gram, self.units[key].count, sizes, damping=self._damping).snapshots
         except ValueError as error:
             raise ValueError(f"block_{key[0]}/{key[1]}: {error}") from None
 
 
 class _Stitched:
-    """The mean loss per predicted token of the dense model with the chosen snapshots in it."""
+    """The mean loss per predicted token of the dense model with the snapshots of {(block, sub-block): size} in it."""
 
-    def __init__(self, model, params, tokens, database, sizes, batch):
-        self._model, self._database, self._sizes = model, database, sizes
+    def __init__(self, model, params, tokens, database, batch):
+        self._model, self._database = model, database
         self._params = jax.tree.map(jnp.asarray, {part: params[part] for part in model.parts()})
         self._tokens = [tokens[at : at + batch] for at in range(0, len(tokens), batch)]
 
-    def __call__(self, choice) -> float:
+    def __call__(self, chosen) -> float:
         params = dict(self._params)
-        for (i, sub), sizes, option in zip(self._sizes, self._sizes.values(), choice, strict=True):
+        for (i, sub), size in chosen.items():
             part = dict(params[f"block_{i}"])
             layer = part[sub][CONSUMERS[sub]]
-            kernel = self._database.kernel((i, sub), sizes[option]).astype(layer["kernel"].dtype)
+            kernel = self._database.kernel((i, sub), size).astype(layer["kernel"].dtype)
             part[sub] = {**part[sub], CONSUMERS[sub]: {**layer, "kernel": kernel}}
             params[f"block_{i}"] = part
         losses = [float(_loss(params, tokens, self._model)) * len(tokens) for tokens in self._tokens]
@@ -239,8 +267,8 @@ def _loss(params, tokens, model):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
 
-def _move(chosen, database, budget: float) -> dict:
-    """The sizes with single channels more or less, as near to the budget of weights as that goes.
+def _move(chosen, least, database, budget: float) -> dict:
+    """The sizes with single channels more or less, not below the least, as near to the budget of weights as that goes.
 
     Networks of the largest error get them first, those that are gone altogether last.
     """
@@ -249,28 +277,10 @@ def _move(chosen, database, budget: float) -> dict:
     channels = [key for key in chosen if key[1] == "mlp"]
     for key in sorted(channels, key=lambda key: (chosen[key] == 0, -database.at(key, chosen[key]).error)):
         unit = units[key]
-        step = int(np.clip(round(slack / unit.weight), -chosen[key], unit.count - chosen[key]))
+        step = int(np.clip(round(slack / unit.weight), least[key] - chosen[key], unit.count - chosen[key]))
         chosen[key] += step
         slack -= step * unit.weight
     return chosen
-
-
-def _shrunk(model, params, tokens, sparsity, chosen, database, search, batch) -> Compressed:
-    return remove(
-        "ziplm",
-        model,
-        params,
-        tokens,
-        sparsity,
-        {key: database.at(key, size).kept for key, size in chosen.items()},
-        batch=batch,
-        kernels={key: database.kernel(key, size) for key, size in chosen.items()},
-        findings={
-            "loss": search.loss,
-            "evaluations": search.evaluations,
-            "choice": {f"block_{i}/{sub}": size for (i, sub), size in chosen.items()},
-        },
-    )
 
 
 __all__ = ["distillation_loss", "grid", "ziplm"]

@@ -110,3 +110,11 @@ def test_bad_input():
         cfsp(multiple=5).run(MODEL, noisy(MODEL), TOKENS, 0.3)
     with pytest.raises(ValueError, match="cfsp can remove a share of 0.6 of the blocks' weights, got 0.7"):
         cfsp().run(MODEL, noisy(MODEL), TOKENS, 0.7)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_outputs_that_are_not_finite():
+    params = noisy(MODEL)
+    params["block_1"]["mlp"]["down"]["bias"][:] = np.inf
+    with pytest.raises(ValueError, match="the outputs of block_1 are not finite; the model's activations"):
+        cfsp().run(MODEL, params, TOKENS, 0.2, progress=False)

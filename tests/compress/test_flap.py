@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from sparsejax.compress.flap import flap, scores, unit_scores
-from sparsejax.compress.groups import Units
+from sparsejax.compress.flap import ALLOCATIONS, flap, scores, unit_scores
+from sparsejax.compress.groups import Units, protect, units_of
 from sparsejax.compress.shrink import linear_weights
 from sparsejax.models import Transformer
 
@@ -28,9 +28,10 @@ def states(params):
     return GPT.apply({"params": params}, TOKENS, method="start")
 
 
-def outputs(model, params):
-    """The mean over the tokens of what the first block gives."""
-    found = jax.jit(model.block(0).apply)({"params": params["block_0"]}, states(PARAMS))
+def outputs(model, params, **changes):
+    """The mean over the tokens of what the first block, or a part of it, gives."""
+    block = model.block(0).clone(parent=None, **changes)
+    found = jax.jit(block.apply)({"params": params["block_0"]}, states(PARAMS))
     return np.asarray(found, np.float64).mean((0, 1))
 
 
@@ -69,10 +70,13 @@ def test_the_mean_of_the_output_is_kept_with_the_bias_only():
 
 
 def test_heads_that_go_leave_their_mean_too():
-    found = flap(structures=("heads",)).run(GPT, PARAMS, TOKENS, 0.3, progress=False)
-    kept = [found.report["layers"][f"block_{i}/attention"]["kept"] for i in (0, 1)]
-    assert sum(kept) == 1 and found.report["biases"] <= 0
-    assert linear_weights(found.params, 2) == found.report["kept"]
+    expected = outputs(GPT, PARAMS, hidden_width=0)
+    for compensate in (True, False):
+        method = flap(structures=("heads",), allocation="UL-UM", compensate=compensate)
+        found = method.run(GPT, PARAMS, TOKENS, 0.1, progress=False)
+        assert found.report["layers"]["block_0/attention"]["kept"] == 3
+        error = np.abs(outputs(found.model, found.params, hidden_width=0) - expected).max()
+        assert error < 1e-5 if compensate else error > 1e-2
 
 
 def test_constant_channels_go_first_and_nothing_changes():
@@ -98,19 +102,36 @@ def test_separate_pools_remove_as_many_heads_as_asked():
     assert sum(kept) == 5 and abs(found.report["sparsity"] - 0.3) * found.report["weights"] <= 16
 
 
+LLAMA = GPT.clone(norm="rms", positions="rotary", bias=(), tied=True, kv_heads=2)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("sparsity", [0.8, 0.99])
+def test_almost_everything_may_go_but_what_a_bias_needs(allocation, sparsity):
+    found = flap(allocation=allocation).run(LLAMA, noisy(LLAMA), TOKENS, sparsity, progress=False)
+    assert found.report["layers"]["block_0/attention"]["kept"] >= 1
+    one = units_of(LLAMA, ("heads",))[0, "attention"].weight
+    least = max((1 - sparsity) * found.report["weights"], one)  # the head group that stays may be too much
+    assert abs(found.report["kept"] - least) <= 16
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("structures", [("heads", "channels"), ("channels",)])
+def test_which_sub_blocks_cannot_go(sliced, structures):
+    model = LLAMA.clone(layers=({}, {"stream": (16, 16, 16)})) if sliced else LLAMA
+    scores = {key: np.arange(entry.count, dtype=float) for key, entry in units_of(model, structures).items()}
+    protect(model, scores, compensated=True)
+    stay = {key for key, values in scores.items() if values[-1] == np.inf}
+    expected = {(0, "attention")} | ({(1, "attention"), (1, "mlp")} if sliced else set())
+    assert stay == expected & set(scores)
+    own = {key: np.zeros(entry.count) for key, entry in units_of(model, structures).items()}
+    protect(model, own)
+    assert not any(values.any() for values in own.values())  # no biases
+
+
 @pytest.mark.slow
 def test_a_bias_without_a_place_keeps_a_head_of_the_first_block():
-    model = Transformer(
-        classes=31,
-        depth=1,
-        width=16,
-        heads=4,
-        max_length=12,
-        norm="rms",
-        positions="rotary",
-        bias=(),
-        tied=True,
-    )
+    model = LLAMA.clone(depth=1, kv_heads=None, activation="gelu_tanh")
     params = noisy(model)
     params["block_0"]["attention"]["value"]["kernel"][:] = 0  # so that all head groups score alike
     found = flap().run(model, params, TOKENS, 0.5, progress=False)
@@ -132,7 +153,7 @@ def test_bad_input(keywords, message):
 
 
 def test_more_heads_than_there_are():
-    with pytest.raises(ValueError, match="flap cannot remove 9 head groups of 8"):
+    with pytest.raises(ValueError, match="flap can remove at most 8 of 8 head groups, got heads=9"):
         flap(allocation="AL-MM", heads=9).run(GPT, PARAMS, TOKENS, 0.3, progress=False)
     with pytest.raises(ValueError, match="flap cannot reach sparsity 0.1 when it removes 8 head groups"):
         flap(allocation="AL-MM", heads=8).run(GPT, PARAMS, TOKENS, 0.1, progress=False)

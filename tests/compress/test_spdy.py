@@ -44,6 +44,23 @@ def test_enough_time_leaves_everything_dense():
     assert spdy_choice(errors, times, 1e9) == (0,) * 6
 
 
+def test_the_time_of_everything_is_enough_for_everything():
+    random, below = np.random.default_rng(0), 0
+    for _ in range(60):
+        times, rest = np.sort(random.uniform(size=(7, 4)))[:, ::-1], random.uniform(10, 100)
+        budget = (rest + sum(times[:, 0])) - rest
+        below += budget < sum(times[:, 0])  # by rounding
+        assert spdy_choice([[0, 0.1, 0.2, 1]] * 7, times, budget) == (0,) * 7
+    assert below > 10
+
+
+def test_a_loss_that_is_no_number_is_never_the_best():
+    errors, times = [[0, 0.5, 1]] * 6, [[2.0, 1.0, 0.0]] * 6
+    losses = iter([np.nan, 3.0, np.nan, 2.0])
+    found = spdy_search(errors, times, 6.0, lambda choice: next(losses), limit=4)
+    assert found.loss == 2.0 and found.history == [np.inf, 3.0, 3.0, 2.0]
+
+
 def test_rounding_costs_at_most_half_a_bucket_per_layer():
     random = np.random.default_rng(0)
     errors = [np.sort(random.uniform(size=9)) for _ in range(20)]

@@ -1,6 +1,7 @@
 """What every structured method must do, and the baselines' scores and uniform shares."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
@@ -9,6 +10,7 @@ from sparsejax.compress.cfsp import cfsp
 from sparsejax.compress.flap import flap
 from sparsejax.compress.groups import pooled, share_of, uniform, units_of
 from sparsejax.compress.shrink import linear_weights, shrink, sizes_of
+from sparsejax.compress.slicegpt import slicegpt
 from sparsejax.compress.structured import magnitude_sp, random_sp, wanda_sp
 from sparsejax.compress.ziplm import ziplm
 from sparsejax.models import Encoder, Transformer
@@ -64,7 +66,7 @@ def test_contract(name, model):
     found = METHODS[name].run(model, params, TOKENS, 0.37, progress=False)
     before, after = linear_weights(params, 2), linear_weights(found.params, 2)
     unit = max(units.weight for units in units_of(model, ("heads", "channels")).values())
-    assert abs(0.37 * before - (before - after)) <= unit
+    assert abs(0.37 * before - (before - after)) <= unit / 2
     assert found.report["sparsity"] == 1 - after / before and found.report["asked"] == 0.37
     layers = found.report["layers"]
     assert sum(entry["size"] for entry in layers.values()) == before
@@ -113,6 +115,43 @@ def test_what_is_left_are_the_largest_scores_unchanged(name):
     jax.tree.map(np.testing.assert_array_equal, found.params["block_1"], expected["block_1"])
 
 
+@pytest.mark.parametrize(
+    "method", [wanda_sp(), flap(), cfsp(), ziplm(evaluations=2, sequences=2, ratio=0.5), slicegpt(multiple=2)]
+)
+def test_bfloat16(method):
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), PARAMS[LLAMA])
+    found = method.run(LLAMA, params, TOKENS, 0.25, "unstructured", progress=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {jnp.bfloat16.dtype}
+    assert found.report["kept"] == linear_weights(found.params, 2)
+    if method.name == "slicegpt":
+        assert found.model.width == 12 and found.report["sparsity"] == 0.25
+    else:
+        unit = max(units.weight for units in units_of(LLAMA, ("heads", "channels")).values())
+        assert abs(0.75 * found.report["weights"] - found.report["kept"]) <= unit / 2
+    assert bool(jnp.isfinite(jax.jit(found.model.apply)({"params": found.params}, TOKENS)).all())
+
+
+def test_another_seed_gives_another_choice():
+    runs = [
+        random_sp(seed=seed).run(LLAMA, PARAMS[LLAMA], TOKENS, 0.4, progress=False).params["block_0"]["mlp"]
+        for seed in (0, 0, 1)
+    ]
+    same, other = (
+        [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(run), strict=True)]
+        for run in runs[1:]
+    )
+    assert all(same) and not any(other)
+
+
+def test_inputs_that_are_not_finite():
+    params = {**PARAMS[LLAMA], "block_1": jax.tree.map(np.copy, PARAMS[LLAMA]["block_1"])}
+    params["block_1"]["mlp"]["up"]["kernel"][:] = 3e38
+    with pytest.raises(
+        ValueError, match=r"the inputs of block_1/mlp/down/kernel are not finite \(their square\)"
+    ):
+        wanda_sp().run(LLAMA, params, TOKENS, 0.4, progress=False)
+
+
 def test_units_and_their_weights():
     assert {key: units[:2] for key, units in units_of(GPT, ("heads", "channels")).items()} == {
         (i, sub): units for i in (0, 1) for sub, units in (("attention", (4, 4 * 64)), ("mlp", (64, 32)))
@@ -156,10 +195,7 @@ def test_uniform_takes_the_same_share_of_every_block():
             for i in range(5)
         ]
         assert abs(sum(lost) - sparsity * total) <= 16 and max(lost) - min(lost) <= 32
-        assert all(
-            (~mask).sum() == mask.size - mask[::-1].sum() and sorted(mask) == list(mask)
-            for mask in kept.values()
-        )
+        assert all(sorted(mask) == list(mask) for mask in kept.values())  # the lowest scores go
     assert share_of("some", units, 0.5, total) == 0.5
 
 

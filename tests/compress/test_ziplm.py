@@ -3,9 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax.compress import latency
 from sparsejax.compress.evaluate import perplexity
 from sparsejax.compress.latency import measure_latency, time_models, time_of
 from sparsejax.compress.ziplm import distillation_loss, grid, ziplm
@@ -42,6 +44,20 @@ def test_sizes_of_the_database():
     assert sizes[:4] == [1000, 900, 810, 729] and sizes[-2:] == [1, 0] and sorted({*sizes})[::-1] == sizes
 
 
+def test_the_loss_is_that_of_the_sizes_that_weights_ask_for():
+    found = ziplm(**FAST).run(MODEL, PARAMS, TOKENS, 0.37, progress=False)
+    assert not {found.report["choice"][f"block_{i}/mlp"] for i in (0, 1)} <= {*grid(32, "mlp", 0.7)}  # moved
+    loss = perplexity(found.model, found.params, TOKENS, progress=False)["loss"]
+    assert found.report["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_sliced_model_loses_as_many_weights_as_asked():
+    model = MODEL.clone(norm="rms", norm_width=16, layers=({"stream": (16, 16, 16)},) * 2)
+    found = ziplm(**FAST).run(model, noisy(model), TOKENS, 0.3, progress=False)
+    assert abs(found.report["sparsity"] - 0.3) * found.report["weights"] <= 16
+    assert min(found.report["choice"].values()) > 0  # biases have no other place
+
+
 def test_the_shrunk_model_is_the_stitched_one():
     found = ziplm(speedup=1.5, latency=table(), repeats=1, **FAST).run(
         MODEL, PARAMS, TOKENS, None, progress=False
@@ -73,6 +89,37 @@ def test_times_decide_what_goes():
 
 def test_times_between_the_measured_ones():
     assert time_of(table(), (0, "mlp"), 8) == 2.0 and time_of(table(), (1, "attention"), 3) == 3.0
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The outputs of what would be measured, by name; each then takes one millisecond more than the one before."""
+    seen = []
+
+    def measure(functions, repeats):
+        seen.append({name: function() for name, function in functions.items()})
+        return {name: float(time + 1) for time, name in enumerate(functions)}
+
+    monkeypatch.setattr(latency, "measure", measure)
+    return seen
+
+
+def test_times_are_those_of_the_dtype_of_the_parameters(watched):
+    model = MODEL.clone(depth=1, heads=1, hidden=2, norm="rms", bias=())
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), noisy(model))
+    ziplm(speedup=1, **FAST).run(model, params, TOKENS, None, progress=False)
+    blocks = [output for outputs in watched for name, output in outputs.items() if name.isdigit()]
+    assert len(blocks) == 3 and {output.dtype for output in blocks} == {jnp.bfloat16.dtype}
+
+
+def test_shortcuts_take_their_time_once_and_whatever_goes(watched):
+    model = MODEL.clone(depth=1, norm="rms", norm_width=16, layers=({"stream": (16, 16, 16)},))
+    found = measure_latency(model, {(0, "attention"): [4, 2], (0, "mlp"): [32, 8]}, 1, 4)
+    assert found["times"] == {
+        "block_0/attention": {"0": 0, "2": 0, "4": 1},
+        "block_0/mlp": {"0": 0, "8": 0, "32": 1},
+    }
+    assert found["rest"] == 2 and found["dense"] == 4  # a millisecond of the shortcuts
 
 
 @pytest.mark.slow
