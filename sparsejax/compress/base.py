@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ class Layerwise(NamedTuple):
       host: whether a part of it runs on the host, so that `prune` cannot be traced by `jax.jit`.
       rules: {shell pattern on paths in a block: method}, for layers that `prune_layers` gives to another method; the
         most specific pattern wins. None: no layer.
+      settings: JSON-able, the arguments that the results depend on; those of a wrapped method are its "initial".
     """
 
     name: str
@@ -50,6 +52,11 @@ class Layerwise(NamedTuple):
     patterns: tuple[type, ...] = (Unstructured, NM, Block)
     host: bool = False
     rules: Mapping[str, "Layerwise"] | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    def wrapped_rules(self, wrap: Callable[["Layerwise"], "Layerwise"]) -> dict[str, "Layerwise"] | None:
+        """The rules of a method that wraps this one: their methods are wrapped too."""
+        return {rule: wrap(method) for rule, method in (self.rules or {}).items()} or None
 
 
 class Whole(NamedTuple):
@@ -193,7 +200,7 @@ def select(scores, sparsity: float, pattern: Pattern, scope: str = "row"):
 
 def masked(kernel, mask):
     """The kernel with exact zeros outside the mask."""
-    return jnp.where(mask, kernel, jnp.zeros_like(kernel))
+    return jnp.where(mask, kernel, 0)
 
 
 def is_traced(*arrays) -> bool:

@@ -74,12 +74,17 @@ def observe(
     stream = Stream(model, params, tokens, batch)
     with tqdm(stream.blocks, disable=_hidden(progress), unit="block", desc="observe") as bar:
         for name in bar:
-            block, tree = stream.block(name), params[name]
-            found = {path: layer for path, layer in stream.layers[name].items() if matches(path, layers)}
-            stats, outputs = stream.observe(block, tree, found, needs)
-            of_layers = {path: stats[layer.source] for path, layer in found.items()}
-            yield Observed(name, tree, found, of_layers, stream.hidden, outputs)
-            stream.hidden = outputs
+            # nothing of a block is bound here, so that it can go before the next one is read
+            yield _look(stream, name, params[name], needs, layers)
+
+
+def _look(stream: Stream, name: str, tree, needs, layers) -> Observed:
+    """Observes one block and moves the stream behind it."""
+    found = {path: layer for path, layer in stream.layers[name].items() if matches(path, layers)}
+    inputs = stream.hidden
+    stats, stream.hidden = stream.observe(stream.block(name), tree, found, needs)
+    of_layers = {path: stats[layer.source] for path, layer in found.items()}
+    return Observed(name, tree, found, of_layers, inputs, stream.hidden)
 
 
 def prune_layers(
@@ -128,7 +133,7 @@ def prune_layers(
 
     Raises:
       ValueError: before any work for a sparsity, pattern, allocation or tokens that cannot be; naming the layer, for
-        inputs that are not finite and for what the method cannot do; for a `resume` folder of another call.
+        inputs or weights that are not finite and for what the method cannot do; for a `resume` folder of another call.
 
     Experts are compressed one by one with the statistics of the tokens that were routed to them (of which each batch
     counts as one sequence); an expert that saw none as if its inputs were uncorrelated and of equal size, with a
@@ -143,46 +148,48 @@ def prune_layers(
     asked = {
         "method": method.name,
         "pattern": text,
-        "sparsity": sparsity,
+        "sparsity": None if sparsity is None else float(sparsity),
         "propagate": propagate,
-        "batch": batch,
+        "batch": int(batch),
     }
-    runner = _Runner(method, model, params, sparsity, pattern, propagate)
+    runner = _Runner(method, model, sparsity, pattern, propagate)
     stream = Stream(model, params, tokens, batch)
     runner.budgets = runner.allocate(stream, allocation)
-    saved = None if resume is None else Resume(resume, {**asked, "budgets": runner.budgets}, stream, model)
-    out, masks = ({} if sink is None else sink), {}
+    settings = {f"{name} of the method": value for name, value in method.settings.items()}
+    about = {**asked, "budgets": runner.budgets, **settings}
+    saved = None if resume is None else Resume(resume, about, stream, model)
+    out, masks, layers, done = {} if sink is None else sink, {}, {}, 0 if saved is None else saved.done
 
-    def emit(part, tree, mask):
+    def one(part, bar):
+        # a function of its own, so that nothing of a block is bound while the next one is read
+        old, report = params[part], {}
+        if part not in stream.blocks:
+            tree, mask = old, _dense_masks(old)
+        elif stream.blocks.index(part) < done:
+            tree, mask, report = saved.read(part, old)
+            tree, mask = _like(tree, old), jax.tree.map(jnp.asarray, mask)
+        else:
+            bar.set_description(part)
+            tree, mask, report = runner.block(stream, part, old, bar)
+            if saved is not None:
+                saved.write(part, old, tree, mask, report, stream.hidden)
+            bar.update()
+        layers.update(report)
         out[part] = tree
         if sink is None:
             masks[part] = mask
 
-    layers, done = {}, 0 if saved is None else saved.done
     with tqdm(total=len(stream.blocks), initial=done, disable=_hidden(progress), unit="block") as bar:
         for part in model.parts():
-            if part not in stream.blocks:
-                emit(part, params[part], _dense_masks(params[part]))
-                continue
-            if stream.blocks.index(part) < done:
-                tree, mask, report = saved.read(part)
-                tree, mask = _like(tree, params[part]), jax.tree.map(jnp.asarray, mask)
-            else:
-                bar.set_description(part)
-                tree, mask, report = runner.block(stream, part, bar)
-                if saved is not None:
-                    saved.write(part, tree, mask, report, stream.hidden)
-                bar.update()
-            layers |= report
-            emit(part, tree, mask)
+            one(part, bar)
     return Compressed(model, out, masks if sink is None else None, _report(asked, stream, layers))
 
 
 class _Runner:
     """What stays the same from block to block."""
 
-    def __init__(self, method, model, params, sparsity, pattern, propagate):
-        self.method, self.model, self.params = method, model, params
+    def __init__(self, method, model, sparsity, pattern, propagate):
+        self.method, self.model = method, model
         self.sparsity, self.pattern, self.propagate = sparsity, pattern, propagate
         self.budgets = {}
 
@@ -214,12 +221,12 @@ class _Runner:
                 pattern.check(name, shape[-2:])
         return budgets
 
-    def block(self, stream: Stream, part: str, bar):
+    def block(self, stream: Stream, part: str, old, bar):
         """Compresses one block and moves the stream behind it: (parameters, masks, {layer: report})."""
-        block, old = stream.block(part), self.params[part]
-        layers = stream.layers[part]
+        block, layers = stream.block(part), stream.layers[part]
+        dense = self.propagate == "dense"
         _check_dense(part, old, layers)
-        stats, outputs = stream.observe(block, old, layers, self.method.needs)
+        stats, outputs = stream.observe(block, old, layers, self.method.needs, outputs=dense)
         new, masks, report = _copy(old), _dense_masks(old), {}
         last = {layer.source: path for path, layer in layers.items()}
         for path, layer in layers.items():
@@ -237,19 +244,26 @@ class _Runner:
         for path, error in stream.errors(block, old, new, layers).items():
             report[f"{part}/{path}"]["error"] = error
         bar.set_postfix_str("")
-        stream.hidden = outputs if self.propagate == "dense" else stream.run(block, new)
+        if dense:
+            stream.hidden = outputs
+        else:
+            stream.advance(block, new)
         return new, masks, report
 
     def layer(self, name: str, kernel, stats):
         """(kernel in its dtype, mask, warnings) of one layer, or of all experts of one."""
         for entry, value in stats.items():
-            if not bool(jnp.isfinite(value).all()):
+            if not _finite(value):
                 raise ValueError(
                     f"the inputs of {name} are not finite (their {entry}); the model's activations overflow"
                 )
+        if not _finite(kernel):
+            raise ValueError(f"the weights of {name} are not finite")
         with _naming(name) as notes:
             new, mask = self._prune(name, jnp.asarray(kernel).astype(jnp.float32), stats)
         new = jnp.where(mask, new, 0).astype(kernel.dtype)
+        if not _finite(new):
+            raise ValueError(f"the compressed weights of {name} are not finite as {kernel.dtype}")
         if isinstance(kernel, jax.Array):
             new, mask = jax.device_put(new, kernel.sharding), jax.device_put(mask, kernel.sharding)
         return new, mask, notes
@@ -340,6 +354,11 @@ def _node(tree, path):
     for key in path:
         tree = tree[key]
     return tree
+
+
+@jax.jit
+def _finite(array):
+    return jnp.isfinite(array).all()
 
 
 def _kept(mask) -> int:

@@ -90,23 +90,15 @@ def dsnot(
     if not threshold >= 0:
         raise ValueError(f"threshold of dsnot must be at least 0, got {threshold!r}")
     allowed = tuple(kind for kind in initial.patterns if kind in (Unstructured, NM))
+    options = {"cycles": cycles, "threshold": threshold, "same_sign": same_sign, "power": power}
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
 
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         sparsity, pattern = layer_budget("dsnot", sparsity, pattern, allowed)
         pruned, mask = initial.prune(kernel, stats, sparsity, pattern)
         if sparsity == 0:
             return pruned, mask
-        refined = refine(
-            kernel,
-            pruned,
-            mask,
-            stats,
-            pattern,
-            cycles=cycles,
-            threshold=threshold,
-            same_sign=same_sign,
-            power=power,
-        )
+        refined = refine(kernel, pruned, mask, stats, pattern, **options)
         if not is_traced(refined.mask):
             note(
                 expected_error_before=float(jnp.abs(refined.before).sum()),
@@ -116,8 +108,9 @@ def dsnot(
         return refined.kernel, refined.mask
 
     needs = tuple(dict.fromkeys((*initial.needs, "mean", "square", "within")))
-    rules = dict.fromkeys((skip,) if isinstance(skip, str) else skip, initial)
-    return Layerwise(f"{initial.name}+dsnot", needs, prune, allowed, initial.host, rules or None)
+    rules = {**(initial.wrapped_rules(partial(dsnot, **options)) or {}), **dict.fromkeys(skip, initial)}
+    settings = {"initial": dict(initial.settings), **options, "skip": skip}
+    return Layerwise(f"{initial.name}+dsnot", needs, prune, allowed, initial.host, rules or None, settings)
 
 
 @partial(jax.jit, static_argnames=("pattern", "cycles", "threshold", "same_sign", "power"))

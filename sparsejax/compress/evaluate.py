@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -41,22 +40,21 @@ def perplexity(
     stream = Stream(model, params, tokens, batch)
     disable = None if progress is None else not progress
     for name in tqdm(stream.blocks, disable=disable, unit="block", desc="loss"):
-        stream.hidden = stream.run(stream.block(name), params[name])
-    total = math.fsum(float(np.asarray(_losses(*pair), np.float64).sum()) for pair in stream.logits(params))
+        stream.advance(stream.block(name), params[name])
+    total = math.fsum(float(np.asarray(part, np.float64).sum()) for part in stream.finish(params, _losses))
     count = stream.tokens.shape[0] * (stream.tokens.shape[1] - 1)
     loss = total / count
     found = {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < math.log(np.finfo(np.float64).max) else math.inf,
+        "perplexity": math.inf if loss > math.log(np.finfo(np.float64).max) else math.exp(loss),
         "tokens": count,
     }
     return found if size is None else {**found, "bits_per_byte": total / math.log(2) / size}
 
 
-@jax.jit
-def _losses(tokens, logits):
-    """The loss of every prediction, float32 `(sequences, length - 1)`."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:])
+def _losses(logits, tokens):
+    """The loss of every prediction of a sequence, float32 `(length - 1,)`."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:-1].astype(jnp.float32), tokens[1:])
 
 
 __all__ = ["perplexity"]

@@ -74,7 +74,8 @@ def group_pruning(*, scope: str = "layer", damping: float = 0.01) -> Layerwise:
         mask = jnp.repeat(keep, group, axis=0)
         return masked(kernel, mask), mask
 
-    return Layerwise("gqsa", ("gram",), prune, (Block,), host=True)
+    settings = {"scope": scope, "damping": damping}
+    return Layerwise("gqsa", ("gram",), prune, (Block,), host=True, settings=settings)
 
 
 def saliency(kernel, gram, damping: float = 0.01):

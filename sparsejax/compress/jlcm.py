@@ -19,6 +19,7 @@ by the root mean square of their weights and cut into equal groups; the form of 
 -(w_i - v_k)^2 / s^2; Adam, and the state of lowest E is the result.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -63,6 +64,9 @@ def jlcm(
       ValueError: when it prunes, for a sparsity without `initial`, or as `learn`.
     """
 
+    options = {"codewords": codewords, "groups": groups, "steps": steps}
+    options |= {"mapping_rate": mapping_rate, "value_rate": value_rate}
+
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         mask = jnp.ones(kernel.shape, bool)
         start = kernel
@@ -72,24 +76,16 @@ def jlcm(
             raise ValueError(
                 f"jlcm without an initial method prunes nothing, so sparsity must be 0, got {sparsity}"
             )
-        found = learn(
-            kernel,
-            stats["gram"],
-            mask,
-            start=start,
-            codewords=codewords,
-            groups=groups,
-            steps=steps,
-            mapping_rate=mapping_rate,
-            value_rate=value_rate,
-        )
+        found = learn(kernel, stats["gram"], mask, start=start, **options)
         return masked(restore(found), mask), mask
 
     needs = tuple(dict.fromkeys((*(() if initial is None else initial.needs), "gram")))
     name = "jlcm" if initial is None else f"{initial.name}+jlcm"
     if initial is None:
-        return Layerwise(name, needs, prune)
-    return Layerwise(name, needs, prune, initial.patterns, initial.host)
+        return Layerwise(name, needs, prune, settings=options)
+    rules = initial.wrapped_rules(partial(jlcm, **options))
+    settings = {"initial": dict(initial.settings), **options}
+    return Layerwise(name, needs, prune, initial.patterns, initial.host, rules, settings)
 
 
 def learn(

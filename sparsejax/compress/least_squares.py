@@ -10,6 +10,7 @@ start, and the updates of other methods are approximations to it. lambda is `dam
 over the inputs that are not always 0, as in SparseGPT.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -86,16 +87,26 @@ def least_squares(
     Args:
       initial: gives the mask and the weights to start from; None for Wanda.
       damping, tolerance, iterations: as in `masked_least_squares`.
+
+    Raises:
+      ValueError: for a damping or tolerance that is not finite or below 0, and iterations below 0.
     """
     initial = wanda() if initial is None else initial
-    solve = partial(masked_least_squares, damping=damping, tolerance=tolerance, iterations=iterations)
+    options = {"damping": damping, "tolerance": tolerance, "iterations": iterations}
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"least_squares needs a finite {name} >= 0, got {value}")
+    solve = partial(masked_least_squares, **options)
 
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         start, mask = initial.prune(kernel, stats, sparsity, pattern)
         return solve(kernel, mask, stats["gram"], start=start), mask
 
     needs = tuple(dict.fromkeys((*initial.needs, "gram")))
-    return Layerwise(f"{initial.name}+least_squares", needs, prune, initial.patterns, initial.host)
+    rules = initial.wrapped_rules(partial(least_squares, **options))
+    settings = {"initial": dict(initial.settings), **options}
+    name = f"{initial.name}+least_squares"
+    return Layerwise(name, needs, prune, initial.patterns, initial.host, rules, settings)
 
 
 __all__ = ["least_squares", "masked_least_squares"]

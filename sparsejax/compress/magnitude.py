@@ -21,7 +21,7 @@ def magnitude(*, scope: str = "layer") -> Layerwise:
         mask = select(jnp.abs(kernel), sparsity, pattern, scope)
         return masked(kernel, mask), mask
 
-    return Layerwise("magnitude", (), prune)
+    return Layerwise("magnitude", (), prune, settings={"scope": scope})
 
 
 __all__ = ["magnitude"]

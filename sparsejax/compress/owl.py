@@ -8,7 +8,7 @@ Of block l let A be the Wanda scores |W_ij| a_i of all its linear layers in the 
 
 so that blocks with outliers stay denser, by at most 2 width. All layers of a block get its density. The mean of r is
 weighted by the sizes of the blocks (the released code assumes equal ones), so that the densities spend the budget
-exactly. A sparsity at or below 0 becomes `LEAST`, which spends less than the budget.
+exactly. A sparsity at or below 0 becomes `LEAST`, or the budget if that is less, which spends less than the budget.
 
 For N:M, with r_l without the factor 2, block l drops M - N - round(r_l - mean(r)) of every M.
 
@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparsejax.compress import statistics
 from sparsejax.compress.base import layer_budget
-from sparsejax.compress.calibration import observe
+from sparsejax.compress.calibration import Observed, observe
 from sparsejax.patterns import NM, Pattern, Unstructured
 
 LEAST = 0.01
@@ -61,7 +62,8 @@ def owl(
       {path of a kernel, as `block_0/attention/query/kernel`: sparsity}.
 
     Raises:
-      ValueError: for a pattern that is neither, a width or multiple below 0, and if a block would have to be empty.
+      ValueError: for a pattern that is neither, a width or multiple below 0, a model without linear layers in its
+        blocks, and if a block would have to be empty.
     """
     sparsity, pattern = layer_budget("owl", sparsity, pattern, (Unstructured, NM))
     grouped = isinstance(pattern, NM)
@@ -77,21 +79,37 @@ def owl(
 def outliers(
     model, params: Mapping, tokens, *, multiple: float = 5.0, batch: int = 8, progress: bool | None = None
 ) -> dict[str, Outliers]:
-    """The outliers of every block of the dense model; arguments as in `owl`."""
+    """The outliers of every block of the dense model that has linear layers; arguments as in `owl`.
+
+    An expert that saw no token is scored as `prune_layers` does it, by magnitude.
+    """
     if not multiple >= 0:
         raise ValueError(f"multiple of owl must be at least 0, got {multiple!r}")
     found = {}
     for block in observe(model, params, tokens, ("square",), batch=batch, progress=progress):
-        scores = [
-            np.abs(np.asarray(_at(block.params, path), np.float32))
-            * np.sqrt(np.asarray(stats["square"]))[..., :, None]
-            for path, stats in block.stats.items()
-        ]
-        size = sum(leaf.size for leaf in scores)
-        mean = sum(leaf.sum(dtype=np.float64) for leaf in scores) / size
-        ratio = sum(int((leaf > multiple * mean).sum()) for leaf in scores) / size
-        found[block.name] = Outliers(ratio, size, tuple(f"{block.name}/{path}" for path in block.stats))
+        if block.layers:
+            found[block.name] = _of_block(block, multiple)
+        del block  # before the next one is read
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer in its blocks, of which owl could find outliers"
+        )
     return found
+
+
+def _of_block(block: Observed, multiple: float) -> Outliers:
+    scores = [_scores(_at(block.params, path), stats) for path, stats in block.stats.items()]
+    size = sum(leaf.size for leaf in scores)
+    mean = sum(leaf.sum(dtype=np.float64) for leaf in scores) / size
+    ratio = sum(int((leaf > multiple * mean).sum()) for leaf in scores) / size
+    return Outliers(ratio, size, tuple(f"{block.name}/{path}" for path in block.stats))
+
+
+def _scores(kernel, stats):
+    """|W_ij| a_i, numpy float32 of the shape of the kernel."""
+    seen = np.asarray(stats["count"])[..., None] > 0
+    square = np.where(seen, stats["square"], statistics.isotropic(stats)["square"])
+    return np.abs(np.asarray(kernel, np.float32)) * np.sqrt(square)[..., None]
 
 
 def block_sparsities(
@@ -100,7 +118,7 @@ def block_sparsities(
     """1 - density_l of every block, see the module; errors as in `owl`."""
     result = {}
     for name, shift in _shifts(blocks, width, 2.0).items():
-        result[name] = max(sparsity - shift, LEAST) if sparsity else 0.0
+        result[name] = sparsity - shift if sparsity > max(shift, 0) else min(LEAST, sparsity)
         if result[name] >= 1:
             raise ValueError(
                 f"owl with width={width} would drop all of {name} at sparsity={sparsity}; use a smaller width"

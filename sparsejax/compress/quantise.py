@@ -19,6 +19,7 @@ code does so group by group.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -143,6 +144,7 @@ def rounding(*, bits: int = 4, group: int = 16) -> Callable:
 
         return nearest
 
+    quantise.__qualname__ = f"rounding(bits={bits}, group={group})"  # what settings of a method show
     return quantise
 
 
@@ -170,4 +172,9 @@ def rtn(initial: Layerwise | None = None, *, bits: int = 4, group: int = 16) -> 
         return dense(quantised), quantised.mask
 
     name = f"rtn{bits}" if initial is None else f"{initial.name}+rtn{bits}"
-    return Layerwise(name, () if initial is None else initial.needs, prune)
+    settings = {"bits": bits, "group": group}
+    if initial is None:
+        return Layerwise(name, (), prune, settings=settings)
+    rules = initial.wrapped_rules(partial(rtn, **settings))
+    settings["initial"] = dict(initial.settings)
+    return Layerwise(name, initial.needs, prune, initial.patterns, initial.host, rules, settings)

@@ -1,9 +1,9 @@
 """The finished blocks of an interrupted compression, in a folder.
 
-`NAME.safetensors` holds a block's parameters (`params/...`) and masks (`masks/...`), with the report of its layers in
-its metadata; `hidden.K.safetensors` the hidden states after K blocks, of which the newest is kept; `resume.json` says
-how many blocks are done and of which call. Every file is written under another name and then renamed, the JSON file
-last, so that the folder is in order at any moment.
+`NAME.safetensors` holds a block's parameters (`params/...`) and masks (`masks/...`), with the report of its layers and
+a digest of what it was made from in its metadata; `hidden.K.safetensors` the hidden states after K blocks, of which
+the newest is kept; `resume.json` says how many blocks are done and of which call. Every file is written under another
+name, brought to the disk and then renamed, the JSON file last, so that the folder is in order at any moment.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ import safetensors.numpy
 
 from sparsejax.masks import flatten
 
-VERSION = 1
+VERSION = 2
+_SHORT = 100  # characters of values that fit into a sentence
 
 
 class Resume:
@@ -54,6 +55,7 @@ class Resume:
         self.done = state["done"]
         if self.done:
             stream.hidden = safetensors.numpy.load_file(self._hidden(self.done))["hidden"]
+        self._tidy()
 
     def _state(self) -> dict:
         path = self.folder / "resume.json"
@@ -63,15 +65,24 @@ class Resume:
         found = state["call"]
         for key in {**self.call, **found}:
             if self.call.get(key) != found.get(key):
-                values = f" ({found.get(key)} there, {self.call.get(key)} here)" if key in _SHORT else ""
+                values = f" ({found.get(key)} there, {self.call.get(key)} here)"
                 raise ValueError(
-                    f"{self.folder} holds a compression with another {key}{values}; choose another folder or empty it"
+                    f"{self.folder} holds a compression with another {key}{values if len(values) < _SHORT else ''}; "
+                    "choose another folder or empty it"
                 )
         return state
 
-    def read(self, name: str):
-        """(parameters, masks, report) of a finished block, numpy arrays."""
+    def read(self, name: str, old):
+        """(parameters, masks, report) of a finished block, numpy arrays; `old` are its given parameters.
+
+        Raises:
+          ValueError: if it was made from others.
+        """
         with safetensors.safe_open(self._file(name), framework="np") as file:
+            if file.metadata()["made from"] != _digest_of_tree(old):
+                raise ValueError(
+                    f"{self.folder} holds a compression of another {name}; choose another folder or empty it"
+                )
             report = json.loads(file.metadata()["report"])
             tree = {}
             for key in file.keys():  # noqa: SIM118
@@ -82,16 +93,23 @@ class Resume:
                 node[last] = file.get_tensor(key)
         return tree["params"], tree["masks"], report
 
-    def write(self, name: str, params, masks, report: dict, hidden) -> None:
-        """Adds a finished block and the hidden states after it."""
+    def write(self, name: str, old, params, masks, report: dict, hidden) -> None:
+        """Adds a finished block, made from the parameters `old`, and the hidden states after it."""
         tree = jax.device_get({"params": params, "masks": masks})
-        self._save(self._file(name), flatten(tree), {"report": json.dumps(report)})
+        metadata = {"report": json.dumps(report), "made from": _digest_of_tree(old)}
+        self._save(self._file(name), flatten(tree), metadata)
         self._save(self._hidden(self.done + 1), {"hidden": hidden}, {})
         self.done += 1
         temporary = self.folder / "resume.json.part"
         temporary.write_text(json.dumps({"done": self.done, "call": self.call}))
-        os.replace(temporary, self.folder / "resume.json")
-        self._hidden(self.done - 1).unlink(missing_ok=True)
+        _publish(temporary, self.folder / "resume.json")
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Removes hidden states of other moments than this."""
+        for path in self.folder.glob("hidden.*"):
+            if path != self._hidden(self.done):
+                path.unlink(missing_ok=True)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -103,12 +121,23 @@ class Resume:
         temporary = path.with_suffix(".part")
         tensors = {key: np.asarray(value, order="C") for key, value in tensors.items()}
         safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        _publish(temporary, path)
 
 
-_SHORT = ("method", "pattern", "sparsity", "propagate", "batch", "version")  # values that fit into a sentence
+def _publish(temporary: Path, path: Path) -> None:
+    """Renames a file once its content is on the disk."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _digest(array) -> str:
-    array = np.ascontiguousarray(array)
-    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
+    array = np.asarray(array, order="C")
+    found = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    found.update(array.reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def _digest_of_tree(tree) -> str:
+    digests = {name: _digest(leaf) for name, leaf in flatten(tree).items()}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

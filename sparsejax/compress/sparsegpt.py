@@ -22,6 +22,7 @@ of a threshold, hence no extra weight where scores tie. Within a block, inputs a
 group has to subtract for all earlier inputs of the block is one matrix product.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -37,6 +38,7 @@ from sparsejax.patterns import NM, Block, Pattern
 _GROUP = 16  # inputs between two products inside a block
 _LIMIT = 10.0  # of the damping: beyond it H is not a Gram matrix
 _TAIL = 512  # inputs that the update after a block takes at once
+_PIECE = 2**20  # numbers of a factor that are moved at once
 
 
 def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | None = None) -> Layerwise:
@@ -44,7 +46,7 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | N
 
     Args:
       block: inputs whose unstructured mask is chosen at once; rounded up to a multiple of a pattern's side.
-      damping: in units of the mean diagonal of H; ten times more, with a warning, for as long as H has no Cholesky
+      damping: in units of the mean diagonal of H, 0 to 10; ten times more, with a warning, for as long as H has no Cholesky
         factor.
       quantise: optional rounding of the kept weights in the sweep (with sparsity 0 this is GPTQ, Frantar et al.
         2022). Called when the sweep comes to a block, with its weights `(block, out)` (the last one may have fewer
@@ -52,13 +54,13 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | N
         the i-th input of the block. Both are traced. Its zeros must be zeros: what the mask drops stays 0.
 
     Raises:
-      ValueError: for block < 1 or damping < 0; when it prunes, for a Gram matrix that is not finite or not positive
+      ValueError: for block < 1 or a damping outside of 0 to 10; when it prunes, for a Gram matrix that is not finite or not positive
         definite with a damping of 10, for a pattern it cannot do, and for traced arrays (it factorises on the host).
     """
     if block < 1:
         raise ValueError(f"sparsegpt needs a block of at least 1 input, got {block}")
-    if damping < 0:
-        raise ValueError(f"sparsegpt needs damping >= 0, got {damping}")
+    _check_damping(damping)
+    factors = _Factors(damping)
 
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         sparsity, pattern = layer_budget("sparsegpt", sparsity, pattern)
@@ -72,58 +74,117 @@ def sparsegpt(*, block: int = 128, damping: float = 0.01, quantise: Callable | N
             )
         width = _width(block, kernel.shape[0], pattern)
         counts = _kept(kernel.shape, width, sparsity, pattern)
-        factor, dead = inverse_factor(stats["gram"], damping)
+        factor, dead = factors(jnp.asarray(stats["gram"]))
         rule = pattern if sparsity and isinstance(pattern, NM | Block) else None
         return _sweep(jnp.asarray(kernel), factor, dead, counts, width, rule, sparsity == 0, quantise)
 
-    return Layerwise("sparsegpt", ("gram",), prune, host=True)
+    named = quantise and (getattr(quantise, "__qualname__", None) or repr(quantise))
+    settings = {"block": block, "damping": damping, "quantise": named}
+    return Layerwise("sparsegpt", ("gram",), prune, host=True, settings=settings)
 
 
 # --- the factor --------------------------------------------------------------------------------------
 
 
+class _Factors:
+    """`inverse_factor` that keeps its last result while that Gram matrix lives: queries, keys and values share one."""
+
+    def __init__(self, damping: float):
+        self._damping = damping
+        self._forget()
+
+    def __call__(self, gram):
+        if self._gram is None or self._gram() is not gram:
+            self._forget()  # before there are two
+            self._found = _factorise(gram, self._damping)
+            self._gram = weakref.ref(gram, self._forget)
+        factor, dead, used = self._found
+        _warn_damped(self._damping, used)
+        return factor, dead
+
+    def _forget(self, _=None):
+        self._gram = self._found = None
+
+
 def inverse_factor(gram, damping: float = 0.01):
     """U with (2 gram + lambda I)^-1 = U^T U, float32 upper triangular, and the dead inputs, bools `(in,)`.
 
-    Computed in float64 on the host, in place: besides U it needs one float64 matrix.
+    Computed on the host, in the place of one float64 matrix.
 
     Args:
       gram: X^T X / n, `(in, in)`.
-      damping: lambda in units of the mean diagonal of live inputs.
+      damping: lambda in units of the mean diagonal of live inputs, 0 to 10.
 
     Raises:
-      ValueError: for values that are not finite, and if no damping up to 10 gives a Cholesky factor.
+      ValueError: for values that are not finite, a damping outside of 0 to 10, and if no damping up to 10 gives a
+        Cholesky factor.
     """
+    _check_damping(damping)
+    factor, dead, used = _factorise(gram, damping)
+    _warn_damped(damping, used)
+    return factor, dead
+
+
+def _check_damping(damping: float) -> None:
+    if not 0 <= damping <= _LIMIT:
+        raise ValueError(f"damping must be in [0, {_LIMIT:g}], got {damping}")
+
+
+def _warn_damped(damping: float, used: float) -> None:
+    if used != damping:
+        warn(
+            f"the Gram matrix of the inputs is not positive definite with damping {damping:g}; damped by {used:g} "
+            "times its mean diagonal instead"
+        )
+
+
+def _factorise(gram, damping: float):
+    """(U, dead, the damping that was used), as in `inverse_factor`."""
     gram = np.asarray(gram)
     diagonal = 2.0 * np.diagonal(gram).astype(np.float64)
     if not np.isfinite(gram).all():
         raise ValueError("the Gram matrix of the inputs is not finite; the model's activations overflow")
     dead = diagonal == 0
     live = diagonal[~dead].mean() if not dead.all() else 1.0
-    used = damping
-    while used <= _LIMIT:
-        # both axes reversed, the upper triangular R of R R^T is LAPACK's lower triangular factor
-        flipped = np.array(gram.T[::-1, ::-1], np.float64, order="F")
-        flipped *= 2.0
-        np.fill_diagonal(flipped, (diagonal + dead + used * live)[::-1])
-        flipped, failed = lapack.dpotrf(flipped, lower=1, clean=1, overwrite_a=1)
-        if not failed:
-            break
-        del flipped
+    buffer, used = np.empty(gram.size), damping
+    while not _invert_reversed(buffer, gram, diagonal + dead + used * live):
         used = max(10 * used, 1e-4)
-    else:
-        raise ValueError(
-            f"the Gram matrix of the inputs is not positive definite, even with {_LIMIT:g} times its mean diagonal added"
-        )
-    if used != damping:
-        warn(
-            f"the Gram matrix of the inputs is not positive definite with damping {damping:g}; damped by {used:g} "
-            "times its mean diagonal instead"
-        )
-    flipped, _ = lapack.dtrtri(flipped, lower=1, overwrite_c=1)
-    upper = flipped[::-1, ::-1].astype(np.float32, order="C")
-    del flipped
-    return jnp.asarray(upper), jnp.asarray(dead)
+        if used > _LIMIT:
+            raise ValueError(
+                f"the Gram matrix of the inputs is not positive definite, even with {_LIMIT:g} times its mean "
+                "diagonal added"
+            )
+    return jnp.asarray(_reversed_float32(buffer).reshape(gram.shape)), jnp.asarray(dead), used
+
+
+def _invert_reversed(buffer, gram, diagonal) -> bool:
+    """Makes of `buffer` (in^2,) U in row-major order from its end to its start; False if there is no Cholesky factor.
+
+    With both axes reversed, the R of H = R R^T is the transpose of LAPACK's upper factor; for a symmetric matrix
+    that is the reversal of its flat array.
+    """
+    np.multiply(gram.reshape(-1)[::-1], 2.0, out=buffer, dtype=np.float64)
+    buffer[:: len(gram) + 1] = diagonal[::-1]
+    matrix = buffer.reshape(gram.shape).T  # column-major, so that LAPACK works in its place
+    _, failed = lapack.dpotrf(matrix, lower=0, clean=1, overwrite_a=1)
+    if not failed:
+        lapack.dtrtri(matrix, lower=0, overwrite_c=1)
+    return not failed
+
+
+def _reversed_float32(buffer):
+    """The values of a float64 buffer from its end to its start, float32, in its memory, of which half is given back."""
+    size = len(buffer)
+    for start in range(0, size // 2, _PIECE):
+        end = min(start + _PIECE, size // 2)
+        left, right = buffer[start:end], buffer[size - end : size - start]
+        left[:], right[:] = right[::-1].copy(), left[::-1].copy()
+    narrow = buffer.view(np.float32)
+    for start in range(0, size, _PIECE):
+        # written over numbers that are read already; NumPy sees to it where a piece overlaps itself
+        narrow[start : min(start + _PIECE, size)] = buffer[start : start + _PIECE]
+    buffer.resize(-(-size // 2), refcheck=False)
+    return buffer.view(np.float32)[:size]
 
 
 # --- the sweep ---------------------------------------------------------------------------------------
@@ -149,7 +210,7 @@ def _kept(shape, width: int, sparsity: float, pattern: Pattern):
 
 @partial(jax.jit, static_argnames=("width", "rule", "keep_all", "quantise"))
 def _sweep(kernel, factor, dead, counts, width, rule, keep_all, quantise):
-    inputs, outputs = kernel.shape
+    inputs = len(kernel)
     full, rest = divmod(inputs, width)
 
     def step(size):
@@ -172,7 +233,7 @@ def _sweep(kernel, factor, dead, counts, width, rule, keep_all, quantise):
 
 def _block(rows, factor, count, rule, keep_all, quantise):
     """The sweep of one block: its new rows, errors e and mask, all `(size, out)`; `factor` is U's corner."""
-    size, outputs = rows.shape
+    size = len(rows)
     scale = jnp.diagonal(factor)[:, None] ** -2
     group = rule.m if isinstance(rule, NM) else max(n for n in range(1, _GROUP + 1) if size % n == 0)
     by_group = isinstance(rule, NM)
@@ -194,7 +255,7 @@ def _block(rows, factor, count, rule, keep_all, quantise):
 
         def do_input(i, carry):
             now, found = carry
-            row = now[i] - corner[:, i] @ found
+            row = now[i] - _product(corner[:, i], found)
             q = jnp.where(kept[i], row, 0)
             if rounding is not None:
                 q = jnp.where(kept[i], rounding(q, start + i), 0)
@@ -227,7 +288,7 @@ def _pass_on(weights, factor, errors, start):
 
 
 def _product(a, b):
-    """a^T b in full float32."""
+    """a^T b in full float32; `a` is a matrix or a vector."""
     return jnp.matmul(a.T, b, precision=lax.Precision.HIGHEST)
 
 

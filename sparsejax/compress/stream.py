@@ -57,17 +57,18 @@ class Stream:
 
         Raises:
           ValueError: without a token, for a token outside of the vocabulary, sequences longer than the model takes,
-            batch < 1, or shards that do not divide the batches.
+            tokens that are no sequences, batch < 1, or shards that do not divide the batches.
         """
         self.model = model
         self.blocks = tuple(name for name in model.parts() if name.startswith("block_"))
         self._sharding = _batch_sharding(tokens)
         self.tokens = np.asarray(tokens)
         self._batch = batch
-        _check_tokens(self.tokens, batch, self._sharding)
+        self._shards = _shards(self._sharding)
+        _check_tokens(self.tokens, batch, self._shards)
         first = {name: params[name] for name in self._outer()[0]}
         _check_vocabulary(self.tokens, first)
-        self.hidden = self._join(_start(first, self._put(part), model) for part in self._split(self.tokens))
+        self.hidden = self._gather(_start(first, self._put(part), model) for part in self._split(self.tokens))
 
     def block(self, name: str) -> linen.Module:
         """The module of the block called `name`."""
@@ -95,31 +96,40 @@ class Stream:
             layers[name], hidden = seen[block, hidden.shape]
         return layers
 
-    def observe(self, block: linen.Module, params, layers: Mapping[str, Layer], needs):
+    def observe(self, block: linen.Module, params, layers: Mapping[str, Layer], needs, outputs: bool = True):
         """Runs the block as it is: the statistics of its layers' inputs, and its outputs.
 
         Args:
           block, params: the block and its parameters.
           layers: those whose inputs are wanted, of `self.layers`.
           needs: entries of `sparsejax.compress.statistics`.
+          outputs: whether they are wanted.
 
         Returns:
           ({source: statistics}, outputs). The statistics of expert kernels have a leading axis of experts, and a
-          batch's rows of one expert count as one sequence. Outputs are like `hidden`.
+          batch's rows of one expert count as one sequence. Outputs are like `hidden`, or None.
         """
         kernels = {layer.source: layer.shape for layer in layers.values()}
         stats = {
             name: _tiled(statistics.init(needs, shape[-2]), shape[:-2]) for name, shape in kernels.items()
         }
-        outputs = []
-        for hidden, context in self.batches():
-            stats, y = _observe(stats, params, hidden, context, block)
-            outputs.append(np.asarray(y))
-        return stats, self._join(outputs)
+
+        def passing():
+            nonlocal stats
+            for hidden, context in self.batches():
+                stats, y = _observe(stats, params, hidden, context, block, outputs)
+                yield y
+
+        found = self._gather(passing(), keep=outputs)
+        return stats, found
 
     def run(self, block: linen.Module, params):
         """The outputs of the block, like `hidden`."""
-        return self._join(_run(params, hidden, context, block) for hidden, context in self.batches())
+        return self._gather(self._outputs(block, params))
+
+    def advance(self, block: linen.Module, params) -> None:
+        """Moves `hidden` behind the block, batch by batch in its own memory if the block keeps width and dtype."""
+        self.hidden = self._gather(self._outputs(block, params), self.hidden)
 
     def errors(self, block: linen.Module, old, new, names) -> dict[str, float]:
         """||X (W - W')|| / ||X W|| of layers, X their inputs in the `old` block, over the first batch.
@@ -131,13 +141,20 @@ class Stream:
         found = jax.device_get(_errors(kernels, old, hidden, context, block))
         return {name: float(np.sqrt(a / b)) if b else float(np.sqrt(a)) for name, (a, b) in found.items()}
 
-    def logits(self, params: Mapping):
-        """Pairs (tokens, logits) of every batch, once all blocks are done."""
+    def finish(self, params: Mapping, function):
+        """`function(logits, tokens)` of every sequence, once all blocks are done; an array per batch.
+
+        Logits exist of one sequence at a time (of every shard), in the dtype that the model gives.
+
+        Args:
+          params: by part.
+          function: of `(length, classes)` and `(length,)`; traced, and compiled once per function.
+        """
         before, after = self._outer()
         tied = before if getattr(self.model, "tied", False) else ()
         outer = {name: params[name] for name in (*tied, *after)}
         for tokens, hidden in zip(self._split(self.tokens), self._split(self.hidden), strict=True):
-            yield self._put(tokens), _finish(outer, self._put(hidden), self.model)
+            yield _finish(outer, self._put(hidden), self._put(tokens), self.model, function, self._shards)
 
     def _outer(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The names of the parts before the blocks, and after."""
@@ -153,9 +170,21 @@ class Stream:
             return jnp.asarray(array)
         return jax.device_put(array, self._sharding)
 
-    @staticmethod
-    def _join(parts):
-        return np.concatenate([np.asarray(part) for part in parts])
+    def _outputs(self, block, params):
+        return (_run(params, hidden, context, block) for hidden, context in self.batches())
+
+    def _gather(self, batches, into=None, keep: bool = True):
+        """Batches as one array: `into`, if they fit into it; None if they are not to be kept."""
+        done = 0
+        for part in batches:
+            if not keep:
+                continue
+            part = np.asarray(part)
+            if into is None or (into.shape[1:], into.dtype) != (part.shape[1:], part.dtype):
+                into = np.empty((len(self.tokens), *part.shape[1:]), part.dtype)
+            into[done : done + len(part)] = part
+            done += len(part)
+        return into
 
 
 # --- compiled parts ----------------------------------------------------------------------------------
@@ -166,9 +195,15 @@ def _start(params, tokens, model):
     return model.apply({"params": params}, tokens, method="start")
 
 
-@partial(jax.jit, static_argnames="model")
-def _finish(params, hidden, model):
-    return model.apply({"params": params}, hidden, method="finish")
+@partial(jax.jit, static_argnames=("model", "function", "shards"))
+def _finish(params, hidden, tokens, model, function, shards):
+    def step(arrays):
+        hidden, tokens = arrays
+        return jax.vmap(function)(model.apply({"params": params}, hidden, method="finish"), tokens)
+
+    # every step has one sequence of each shard, so that no sequence leaves its device
+    steps = [x.reshape(shards, -1, *x.shape[1:]).swapaxes(0, 1) for x in (hidden, tokens)]
+    return lax.map(step, tuple(steps))
 
 
 @partial(jax.jit, static_argnames="model")
@@ -181,8 +216,9 @@ def _run(params, hidden, context, block):
     return block.apply({"params": params}, hidden, **context)
 
 
-@partial(jax.jit, static_argnames="block", donate_argnames="stats")
-def _observe(stats, params, hidden, context, block):
+@partial(jax.jit, static_argnames=("block", "wanted"), donate_argnames="stats")
+def _observe(stats, params, hidden, context, block, wanted):
+    """(statistics, outputs); without outputs (None) the compiler leaves out what follows the last linear layer."""
     new = dict(stats)
 
     def visit(name, x, *sizes):
@@ -204,7 +240,7 @@ def _observe(stats, params, hidden, context, block):
         new[name] = lax.map(expert, (new[name], ends - sizes[0], ends))
 
     outputs = _tapped(block, visit, params, hidden, context)
-    return new, outputs
+    return new, outputs if wanted else None
 
 
 @partial(jax.jit, static_argnames="block")
@@ -218,7 +254,8 @@ def _errors(kernels, old, hidden, context, block):
             product = partial(expert_matmul, sizes=sizes[0]) if sizes else jnp.matmul
             x, flags = x.astype(jnp.float32), _without_padding(x, context)
             x = x if flags is None else x * flags[..., None]
-            found[name] = [jnp.sum(product(x, kernel) ** 2) for kernel in (before - after, before)]
+            with jax.default_matmul_precision("highest"):
+                found[name] = [jnp.sum(product(x, kernel) ** 2) for kernel in (before - after, before)]
 
     _tapped(block, visit, old, hidden, context)
     return found
@@ -284,19 +321,24 @@ def _batch_sharding(tokens):
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
 
 
-def _check_tokens(tokens, batch: int, sharding) -> None:
+def _shards(sharding) -> int:
+    """How many ways the sequences are sharded."""
+    return 1 if sharding is None else sharding.mesh.size // sharding.shard_shape((sharding.mesh.size,))[0]
+
+
+def _check_tokens(tokens, batch: int, shards: int) -> None:
     if tokens.size == 0:
         raise ValueError(f"there are no tokens to read: their shape is {tokens.shape}")
+    if tokens.ndim < 2:
+        raise ValueError(f"tokens must be sequences, (sequences, length), got the shape {tokens.shape}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    if sharding is not None:
-        shards = sharding.mesh.size // sharding.shard_shape((sharding.mesh.size,))[0]
-        for size in {min(batch, len(tokens)), len(tokens) % batch or batch}:
-            if size % shards:
-                raise ValueError(
-                    f"the tokens are sharded {shards} ways, which does not divide a batch of {size} sequences "
-                    f"({len(tokens)} in all, batch={batch})"
-                )
+    for size in {min(batch, len(tokens)), len(tokens) % batch or batch}:
+        if size % shards:
+            raise ValueError(
+                f"the tokens are sharded {shards} ways, which does not divide a batch of {size} sequences "
+                f"({len(tokens)} in all, batch={batch})"
+            )
 
 
 def _check_vocabulary(tokens, params) -> None:

@@ -13,6 +13,9 @@ The authors' code takes the norm of an input instead of its root mean square, wh
 import jax.numpy as jnp
 
 from sparsejax.compress.base import Layerwise, layer_budget, masked, select
+from sparsejax.patterns import NM, Pattern, Unstructured
+
+_OUTPUTS = 512  # whose scores exist at once, where outputs are compared each with itself
 
 
 def scores(kernel, stats):
@@ -34,10 +37,17 @@ def wanda(*, scope: str = "row") -> Layerwise:
 
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         sparsity, pattern = layer_budget("wanda", sparsity, pattern)
-        mask = select(scores(kernel, stats), sparsity, pattern, scope)
+        mask = _mask(kernel, stats, sparsity, pattern, scope)
         return masked(kernel, mask), mask
 
-    return Layerwise("wanda", ("square",), prune)
+    return Layerwise("wanda", ("square",), prune, settings={"scope": scope})
+
+
+def _mask(kernel, stats, sparsity: float, pattern: Pattern, scope: str):
+    alone = isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and scope == "row")
+    width = min(_OUTPUTS, kernel.shape[1]) if alone else kernel.shape[1]
+    parts = (kernel[:, start : start + width] for start in range(0, kernel.shape[1], width))
+    return jnp.concatenate([select(scores(part, stats), sparsity, pattern, scope) for part in parts], axis=1)
 
 
 __all__ = ["scores", "wanda"]

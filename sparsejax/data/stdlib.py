@@ -60,7 +60,7 @@ def files(split: str, data_dir: str | None = None) -> list[Path]:
       FileNotFoundError: if the folder has no `.py` files.
     """
     folder = Path(data_dir or sysconfig.get_paths()["stdlib"])
-    found = sorted(path for path in folder.rglob("*.py") if not set(path.parts) & set(LEFT_OUT))
+    found = sorted(path for path in folder.rglob("*.py") if not set(path.relative_to(folder).parts) & set(LEFT_OUT))
     if len(found) < TEST_EVERY:
         raise FileNotFoundError(
             f"stdlib was not found: {folder} has {len(found)} Python files; data_dir may name another folder"

@@ -22,21 +22,26 @@ def read(corpus: str, split: str, size: int = 4_000_000) -> bytes:
     Args:
       corpus: "stdlib", or the path of a file or folder.
       split: "train" or "test".
-      size: bytes at most; a folder's files are read only as far as needed.
+      size: bytes at most, and little more is read.
 
     Raises:
-      ValueError: for an unknown split, or a corpus without text.
+      ValueError: for an unknown split, a size below 1, or a corpus without text.
       FileNotFoundError: for a path that is not there.
     """
     choose("split", split, SPLITS)
+    if size < 1:
+        raise ValueError(f"size must be at least 1 byte, got {size}")
     if corpus == "stdlib":
         return stdlib_source(split, size=size)[:size]
     path = Path(corpus).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"the corpus {corpus!r} is neither 'stdlib' nor the path of a file or folder")
-    text = _of_folder(path, split, size) if path.is_dir() else _of_file(path, split)
+    text = _of_folder(path, split, size) if path.is_dir() else _of_file(path, split, size)
     if not text:
-        raise ValueError(f"the {split} split of the corpus {corpus!r} has no text")
+        raise ValueError(
+            f"the {split} split of the corpus {corpus!r} has no text (of a folder, files that end in "
+            f"{', '.join(SUFFIXES)} are read)"
+        )
     return text[:size]
 
 
@@ -63,11 +68,15 @@ def windows(tokens: np.ndarray, length: int, count: int | None = None) -> np.nda
     """The first `count` consecutive windows (None: all), int32 `(count, length)`: evaluation data.
 
     Raises:
-      ValueError: as `sample`.
+      ValueError: as `sample`, and if there are fewer than `count` windows.
     """
     _check(tokens, 1 if count is None else count, length)
     found = tokens[: len(tokens) // length * length].reshape(-1, length)
-    return found if count is None else found[:count]
+    if count is not None and count > len(found):
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, {len(found)} windows of {length}; {count} were asked for"
+        )
+    return found[:count]
 
 
 def _check(tokens, count: int, length: int) -> None:
@@ -77,16 +86,19 @@ def _check(tokens, count: int, length: int) -> None:
         raise ValueError(f"the text has {len(tokens)} tokens, fewer than one window of {length}")
 
 
-def _of_file(path: Path, split: str) -> bytes:
-    text = path.read_bytes()
-    border = len(text) - len(text) // TEST_EVERY
-    return text[:border] if split == "train" else text[border:]
+def _of_file(path: Path, split: str, size: int) -> bytes:
+    total = path.stat().st_size
+    border = total - total // TEST_EVERY
+    start, end = (0, border) if split == "train" else (border, total)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(min(size, end - start))
 
 
 def _of_folder(folder: Path, split: str, size: int) -> bytes:
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     if len(files) == 1:
-        return _of_file(files[0], split)
+        return _of_file(files[0], split, size)
     parts, total = [], 0
     for index, path in enumerate(files):
         if total >= size:

@@ -195,5 +195,8 @@ def test_impossible_gram_matrices(gram, message):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="a block of at least 1 input, got 0"):
         sparsegpt(block=0)
-    with pytest.raises(ValueError, match="damping >= 0, got -1"):
-        sparsegpt(damping=-1)
+    for damping in (-1, 20, np.nan):
+        with pytest.raises(ValueError, match=rf"damping must be in \[0, 10\], got {damping}"):
+            sparsegpt(damping=damping)
+        with pytest.raises(ValueError, match="damping must be in"):
+            inverse_factor(np.eye(3), damping)

@@ -9,6 +9,7 @@ def test_sentences_of_the_standard_library():
     train, test = sentences("train", 300, 0), sentences("test", 200, 0)
     assert len(set(train)) == 300 and len(set(test)) == 200
     assert all(5 <= len(text.split()) <= 40 for text in train + test)
+    assert not set(train) & set(sentences("test", 200, 1))
     assert sum(text[-1] == "." for text in train) > 200
     assert sentences("train", 300, 0) == train != sentences("train", 300, 1)
     assert sentences("train", 100, 0) == train[:100]
@@ -24,13 +25,20 @@ def test_what_counts_as_a_sentence(tmp_path):
     assert set(texts) == {f"The class number {i} of a test." for i in range(20) if i % 10} | {
         "A method without a period at its end"
     }
-    assert len(sentences("test", 3, 0, tmp_path)) == 3
-    for count in (0, 4):
-        with pytest.raises(ValueError, match=f"the test split has 3 sentences.*got {count}"):
+    # what "train" has too is not in "test"
+    assert set(sentences("test", 2, 0, tmp_path)) == {f"The class number {i} of a test." for i in (0, 10)}
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"the test split has 2 sentences.*got {count}"):
             sentences("test", count, 0, tmp_path)
 
 
 def test_mistakes(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.py").write_text("def f(:" if i == 4 else "")
+    with pytest.raises(ValueError, match=r"4\.py is not Python: invalid syntax"):
+        sentences("train", 1, 0, tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
     with pytest.raises(FileNotFoundError, match="0 Python files"):
         sentences("train", 1, 0, tmp_path)
     with pytest.raises(ValueError, match="split 'validation'"):

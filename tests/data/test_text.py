@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sparsejax.data import load, text
+from sparsejax.data.stdlib import source
 
 
 def test_stdlib_is_the_text_that_models_are_trained_on():
@@ -27,6 +28,23 @@ def test_a_file_and_a_folder_are_split_without_overlap(tmp_path):
     assert b"<0>" in test and b"<10>" in test and b"<1>" in train and b"not" not in train + test
     assert not set(test.split()) & set(train.split())
     assert text.read(str(tmp_path), "train", size=4) == b"<1>\n"
+
+
+def test_a_file_is_read_only_as_far_as_needed(tmp_path, monkeypatch):
+    path = tmp_path / "one.txt"
+    path.write_bytes(bytes(range(100)))
+    monkeypatch.setattr("pathlib.Path.read_bytes", None)
+    assert text.read(str(path), "train", 3) == b"\0\1\2"
+    assert text.read(str(path), "test", 4) == bytes(range(90, 94))
+
+
+def test_a_folder_below_one_that_is_left_out_by_name_has_its_files(tmp_path):
+    folder = tmp_path / "tests" / "mine"
+    (folder / "tests").mkdir(parents=True)
+    for i in range(10):
+        (folder / f"{i}.py").write_text(f"{i}")
+        (folder / "tests" / f"{i}.py").write_text("left out")
+    assert source("train", folder) == b"123456789"
 
 
 def test_samples_are_windows_of_the_text_and_seeded():
@@ -59,7 +77,9 @@ def test_a_tokenizer_is_used():
     [
         (lambda tmp: text.read("nowhere", "train"), "the corpus 'nowhere' is neither 'stdlib' nor the path"),
         (lambda tmp: text.read("stdlib", "valid"), "unknown split 'valid'"),
-        (lambda tmp: text.read(str(tmp), "train"), "has no text"),
+        (lambda tmp: text.read(str(tmp), "train"), r"has no text .*\.txt, \.md, \.py are read"),
+        (lambda tmp: text.read("stdlib", "train", 0), "size must be at least 1 byte, got 0"),
+        (lambda tmp: text.windows(np.arange(25), 10, 5), "25 tokens, 2 windows of 10; 5 were asked for"),
         (lambda tmp: text.sample(np.arange(5), 2, 6, 0), "the text has 5 tokens, fewer than one window of 6"),
         (lambda tmp: text.windows(np.arange(5), 0), "at least 1, got 1 and 0"),
     ],
