@@ -1,5 +1,5 @@
-"""Other people's files: Hugging Face folders in and out."""
+"""Folders in and out: other people's from Hugging Face, our own, and their tokenizers."""
 
-from sparsejax.interop import huggingface
+from sparsejax.interop import huggingface, native, tokenization
 
-__all__ = ["huggingface"]
+__all__ = ["huggingface", "native", "tokenization"]

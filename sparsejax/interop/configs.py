@@ -20,7 +20,7 @@ def family_of(config: Mapping) -> Family:
       ValueError: if it is not supported; the supported ones are listed.
     """
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model_type {name!r} is not supported (supported: {', '.join(sorted(FAMILIES))})")
     return FAMILIES[name]
 
@@ -34,7 +34,7 @@ def attributes(family: Family, variant: Variant, config: Mapping) -> dict[str, A
     Raises:
       ValueError: for a value of the wrong type, or one that our models cannot follow.
     """
-    for name, wanted in family.requires.items():
+    for name, wanted in {**family.requires, **variant.requires}.items():
         wanted = config.get(wanted.name) if isinstance(wanted, Same) else wanted
         if config.get(name) not in (None, wanted):
             raise ValueError(
@@ -65,32 +65,52 @@ def _value(config: Mapping, key: Key):
     if value is None and (key.default is None or key.is_optional):
         return None
     if isinstance(key.default, bool):
-        if not isinstance(value, bool):
-            raise ValueError(f"{key.name} in the config must be true or false, got {value!r}")
-        return value
-    is_real = isinstance(key.default, float)
-    kind, least = (numbers.Real, 0) if is_real else (numbers.Integral, key.least + key.extra)
-    if isinstance(value, bool) or not isinstance(value, kind) or value < least:
-        what = "a number" if is_real else "a whole number"
-        raise ValueError(f"{key.name} in the config must be {what} of at least {least}, got {value!r}")
-    return value - key.extra
+        return _switch(config, key.name, key.default)
+    if isinstance(key.default, float):
+        return _number(key.name, value, "a number", numbers.Real, 0)
+    return _whole(key.name, value, key.least + key.extra) - key.extra
+
+
+def _switch(config: Mapping, name: str, default: bool) -> bool:
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} in the config must be true or false, got {value!r}")
+    return value
+
+
+def _whole(name: str, value, least: int = 1) -> int:
+    return _number(name, value, "a whole number", numbers.Integral, least)
+
+
+def _number(name: str, value, what: str, kind: type, least: int):
+    if isinstance(value, bool) or not isinstance(value, kind) or not value >= least:
+        raise ValueError(f"{name} in the config must be {what} of at least {least}, got {value!r}")
+    return value
 
 
 def _labels(config: Mapping) -> int:
     """How many labels a classifier has; transformers takes 2 if the config does not say it."""
-    return len(config.get("id2label") or ()) or config.get("num_labels") or 2
+    labels = config.get("id2label") or {}
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"id2label in the config must map numbers to labels, got {labels!r}")
+    return len(labels) or _whole("num_labels", config.get("num_labels") or 2)
 
 
 def _has_bias(config: Mapping, bias: Bias) -> bool:
-    return bias.switch is None or bool(config.get(bias.switch, bias.default))
+    return bias.switch is None or _switch(config, bias.switch, bias.default)
 
 
 def _read_rotary(config: Mapping, theta: float) -> dict[str, Any]:
-    """`rope_parameters` as of transformers 5, or `rope_theta` and `rope_scaling` as before."""
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    """`rope_parameters` as of transformers 5, or `rope_theta` and `rope_scaling` as before, which it prefers."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
+        raise ValueError(
+            f"rope_parameters or rope_scaling in the config must be one mapping for all layers, got {scaling!r}"
+        )
+    scaling = dict(scaling)
     theta = scaling.pop("rope_theta", config.get("rope_theta", theta))
     share = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if share != 1:
+    if share not in (None, 1):
         raise ValueError(f"partial_rotary_factor={share} is not supported (only 1.0)")
     is_default = scaling.get("rope_type", scaling.get("type", "default")) == "default"
     return {"rotary_theta": theta, "rotary_scaling": None if is_default else scaling}
@@ -98,10 +118,19 @@ def _read_rotary(config: Mapping, theta: float) -> dict[str, Any]:
 
 def _read_window(config: Mapping, depth: int) -> int | None:
     """The sliding window of all blocks, None if no block has one."""
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else None
-    first = config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(depth)]
-    if window is None or set(kinds) == {FULL}:
+    window = config.get("sliding_window", 4096) if _switch(config, "use_sliding_window", False) else None
+    if window is None:
+        return None
+    _whole("sliding_window", window)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = _whole("max_window_layers", config.get("max_window_layers", 28), 0)
+        kinds = [SLIDING if i >= first else FULL for i in range(depth)]
+    if not isinstance(kinds, list) or len(kinds) != depth:
+        raise ValueError(f"layer_types in the config must be a list of {depth} names, got {kinds!r}")
+    for kind in kinds:
+        choose("entry of layer_types in the config:", kind, (FULL, SLIDING))
+    if set(kinds) == {FULL}:
         return None
     if set(kinds) != {SLIDING}:
         raise ValueError(
@@ -167,7 +196,7 @@ def describe(family: Family, variant: Variant, model, config: Mapping, dtype: st
     wanted = resolved(model)
     same = [name for name, value in family.requires.items() if isinstance(value, Same) and name in config]
     found = {**config, "architectures": [variant.architecture], **dict.fromkeys(same, wanted["width"])}
-    found["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    found |= dict.fromkeys({"dtype", "torch_dtype"} & set(config) or {"dtype"}, dtype)
     implied = {"hidden": 4 * wanted["width"], "kv_heads": wanted.get("heads")}
     implied["head_width"] = wanted["width"] // wanted["heads"]
     for attribute, key in family.keys.items():
@@ -197,10 +226,8 @@ def _theirs(key: Key, value):
 def _write_rotary(family: Family, config: dict, theta: float, scaling: Mapping | None) -> None:
     if _read_rotary(config, family.theta) == {"rotary_theta": theta, "rotary_scaling": scaling}:
         return
-    if "rope_theta" in config or "rope_scaling" in config:
-        config |= {"rope_theta": theta, "rope_scaling": scaling}
-    else:
-        config["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
+    config |= {"rope_theta": theta, "rope_scaling": scaling}  # all that transformers 4 reads
+    config["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
 
 
 def _write_window(config: dict, window: int | None, depth: int) -> None:

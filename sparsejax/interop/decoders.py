@@ -3,6 +3,8 @@
 from sparsejax.interop.family import ALL, ATTENTION, QKV, Bias, Family, Key, Same, Variant, activation, sizes
 from sparsejax.models.transformer import Transformer
 
+_CAUSAL = {"is_causal": True}  # false in embedding models, whose tokens see those after them too
+
 GPT2 = Family(
     model=Transformer,
     variants=(Variant("GPT2LMHeadModel", "transformer."),),
@@ -20,6 +22,7 @@ GPT2 = Family(
     fixed={"norm": "layer", "positions": "learned"},
     bias=(Bias(ALL),),
     requires={
+        **_CAUSAL,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
@@ -55,6 +58,7 @@ OPT = Family(
     fixed={"norm": "layer", "positions": "learned", "position_offset": 2, "epsilon": 1e-5},
     bias=(Bias(ALL, "enable_bias"),),
     requires={
+        **_CAUSAL,
         "do_layer_norm_before": True,
         "layer_norm_elementwise_affine": True,
         "_remove_final_layer_norm": False,
@@ -94,7 +98,7 @@ _LLAMA_TENSORS = {
     "block_{i}/mlp/down": "layers.{i}.mlp.down_proj",
 }
 _ROTARY = {"norm": "rms", "positions": "rotary", "gated": True}
-_BUFFERS = ("*.rotary_emb.inv_freq",)
+_BUFFERS = ("*rotary_emb.inv_freq",)
 
 
 def _grouped(kv_heads, epsilon=1e-6, head_width=None) -> dict[str, Key]:
@@ -117,6 +121,7 @@ LLAMA = Family(
         Bias(ATTENTION, "attention_bias", False),
         Bias(("up", "gate", "down"), "mlp_bias", False),
     ),
+    requires=_CAUSAL,
     tensors=_LLAMA_TENSORS,
     ignored=_BUFFERS,
     theta=1e4,
@@ -131,6 +136,7 @@ MISTRAL = Family(
         "window": Key("sliding_window", 4096, is_optional=True),
     },
     fixed=_ROTARY,
+    requires=_CAUSAL,
     tensors=_LLAMA_TENSORS,
     ignored=_BUFFERS,
     theta=1e4,
@@ -142,6 +148,7 @@ QWEN2 = Family(
     keys={**sizes(151936, 32, 4096, 32, 22016, 32768), **_grouped(32)},
     fixed=_ROTARY,
     bias=(Bias(QKV),),
+    requires=_CAUSAL,
     tensors=_LLAMA_TENSORS,
     ignored=_BUFFERS,
     theta=1e4,
@@ -171,6 +178,7 @@ MIXTRAL = Family(
         "experts_per_token": Key("num_experts_per_tok", 2),
     },
     fixed=_ROTARY,
+    requires=_CAUSAL,
     tensors={
         **_LLAMA_ATTENTION,
         "block_{i}/mlp/router": "layers.{i}.block_sparse_moe.gate",

@@ -1,5 +1,6 @@
 """The tables of the encoders: BERT (and so MiniLM) and RoBERTa for text, ViT for images."""
 
+import numbers
 from collections.abc import Mapping
 
 from sparsejax.interop.family import ALL, QKV, Bias, Family, Key, Variant, activation, sizes
@@ -60,13 +61,20 @@ BERT = Family(
         "head_bias": "cls.predictions.bias",
     },
     ignored=("embeddings.position_ids", "cls.predictions.decoder.*"),
-    unread=("cls.seq_relationship.*", "pooler.dense.*", "qa_outputs.*"),
+    unread=("cls.*", "classifier.*", "pooler.dense.*", "qa_outputs.*"),
 )
 
 ROBERTA = Family(
     model=Encoder,
     variants=(
-        Variant("RobertaForMaskedLM", "roberta.", ("lm_head.bias",), {"tied": True}, "vocabulary"),
+        Variant(
+            "RobertaForMaskedLM",
+            "roberta.",
+            ("lm_head.bias",),
+            {"tied": True},
+            "vocabulary",
+            {"hidden_act": "gelu"},  # its head has this activation, whatever the blocks have
+        ),
         Variant("RobertaModel", "", (_POOLER,), _POOLED, "none"),
         Variant("RobertaModel", "", (), {}, "none"),
     ),
@@ -86,19 +94,28 @@ ROBERTA = Family(
         "head_bias": "lm_head.bias",
     },
     ignored=("embeddings.position_ids", "lm_head.decoder.*"),
-    unread=("classifier.*", "pooler.dense.*", "qa_outputs.*"),
+    unread=("lm_head.*", "classifier.*", "pooler.dense.*", "qa_outputs.*"),
 )
 
 
 def _image(config: Mapping) -> tuple:
-    sides = config.get("image_size", 224)
-    height, width = (sides, sides) if isinstance(sides, int) else sides
-    return (1, height, width, config.get("num_channels", 3)), "float32"
+    found = config.get("image_size", 224)
+    sides = [found, found] if isinstance(found, numbers.Integral) else found
+    shape = [*sides, config.get("num_channels", 3)] if isinstance(sides, list | tuple) else []
+    if len(shape) != 3 or not all(isinstance(size, numbers.Integral) and size > 0 for size in shape):
+        raise ValueError(
+            f"image_size in the config must be one or two positive numbers and num_channels one, got {found!r} and "
+            f"{config.get('num_channels', 3)!r}"
+        )
+    return (1, *shape), "float32"
 
 
 VIT = Family(
     model=VisionTransformer,
-    variants=(Variant("ViTForImageClassification", "vit.", (), {}, "labels"),),
+    variants=(
+        Variant("ViTForImageClassification", "vit.", ("classifier.weight",), {}, "labels"),
+        Variant("ViTModel", "", (), {}, "none"),
+    ),
     keys={
         **{name: key for name, key in _SIZES.items() if name != "max_length"},
         "patch": Key("patch_size", 16),
@@ -122,7 +139,7 @@ VIT = Family(
         "norm": "layernorm",
         "head": "classifier",
     },
-    unread=("pooler.dense.*",),
+    unread=("classifier.*", "pooler.dense.*"),
     layouts={"embed": "patches"},
     example=_image,
 )

@@ -70,6 +70,7 @@ class Variant(NamedTuple):
       attributes: those of our model that it implies.
       classes: what our `classes` are: `none` (there is no head), the `vocabulary`, or the `labels` of the config; None:
         the keys say it.
+      requires: as of the family, for this class alone.
     """
 
     architecture: str
@@ -77,6 +78,7 @@ class Variant(NamedTuple):
     signs: tuple[str, ...] = ()
     attributes: Mapping[str, Any] = {}
     classes: str | None = None
+    requires: Mapping[str, Any] = {}
 
     def written(self, name: str) -> str:
         """The name in a file of a tensor of `Family.tensors`."""
@@ -92,7 +94,7 @@ class Family(NamedTuple):
 
     Attributes:
       model: the class of our model.
-      variants: the classes of theirs; a checkpoint is of the first all of whose signs it has.
+      variants: the classes of theirs, see `variant`.
       keys, fixed, requires, tensors: see the module; a value of `requires` is the allowed one, or a `Same`.
       bias: which projections have one.
       ignored: shell patterns of tensors that hold no parameters: buffers of older versions, copies of tied ones.
@@ -119,10 +121,17 @@ class Family(NamedTuple):
     layered_window: bool = False
     example: Callable[[Mapping], tuple] = _tokens
 
-    def variant(self, names: Iterable[str]) -> Variant:
-        """The variant of a checkpoint with these tensors."""
+    def variant(self, names: Iterable[str], architectures: Iterable[str] = ()) -> Variant:
+        """The variant of a checkpoint.
+
+        Args:
+          names: of its tensors, which have to hold the variant's signs.
+          architectures: of its config; of the variants that fit the first that is named here is taken, else the
+            first, since the tensors alone do not tell what a checkpoint is for.
+        """
         names = set(names)
-        return next(variant for variant in self.variants if names.issuperset(variant.signs))
+        fitting = [variant for variant in self.variants if names.issuperset(variant.signs)]
+        return next((variant for variant in fitting if variant.architecture in architectures), fitting[0])
 
 
 def activation(name: str, default: str) -> Key:

@@ -39,7 +39,8 @@ class Checkpoint(NamedTuple):
     """A model and what a folder says about it.
 
     Attributes:
-      model: one of `sparsejax.models`, whose `dtype` is None: it computes in the dtype of its parameters.
+      model: one of `sparsejax.models`, whose `dtype` is None: it computes in the dtype of its parameters, promoted
+        with that of its inputs where these are images.
       params: nested dicts of arrays; or `LazyParams`.
       config: `config.json`, which `save` needs again.
     """
@@ -145,19 +146,26 @@ def load(folder: str | os.PathLike, dtype: str | None = None, *, lazy: bool = Fa
       lazy: give `LazyParams`, which read a part when it is looked up; names, shapes and dtypes are checked at once.
 
     Raises:
-      ValueError: one sentence for a folder without config or weights, an unsupported architecture, a missing or
-        extra tensor, one of a wrong dtype or shape, a damaged file.
+      ValueError: one sentence for a folder without config or weights, an unsupported architecture or entry of the
+        config, a missing or extra tensor, one of a wrong dtype or shape, a damaged file.
     """
     if dtype is not None:
         choose("dtype", dtype, DTYPES.values())
     folder = Path(folder).expanduser()
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{str(folder)!r} holds no {CONFIG}")
+        is_name = not folder.exists() and len(folder.parts) <= 2 and not folder.is_absolute()
+        download = f"hf download {folder} --local-dir {folder.name}"
+        advice = f" (Hub names are not downloaded; {download})" if is_name else ""
+        raise ValueError(f"{str(folder)!r} holds no {CONFIG}{advice}")
     config = read_json(folder / CONFIG)
     family = family_of(config)
+    if config.get("auto_map"):
+        logging.warning("%s: the code that auto_map names is not run", folder)
     files = Files(folder, family)
-    variant = family.variant(files)
+    variant = family.variant(files, config.get("architectures") or ())
     model = family.model(**attributes(family, variant, config))
+    if getattr(model, "tied", False):
+        files.alias(f"{family.tensors['embed']}.weight", "lm_head.weight")
     params = LazyParams(files, family, variant, model, config, dtype)
     return Checkpoint(model, params if lazy else dict(params), config)
 

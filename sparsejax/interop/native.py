@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax import formats, models
+from sparsejax.interop.writing import to_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -37,10 +38,15 @@ def save(folder: str | os.PathLike, model, params: Mapping[str, Any]) -> None:
         for field in dataclasses.fields(model)
         if field.name not in ("parent", "name")
     }
-    folder = Path(folder)
-    formats.save(folder / WEIGHTS, dict(params))
     config = {"model_type": MODEL_TYPE, "name": names[type(model)], "attributes": attributes}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n")
+    text, folder = (
+        to_json(config),
+        Path(folder),
+    )  # the text first: what it cannot hold is found out before the work
+    formats.save(folder / WEIGHTS, dict(params))
+    partial = folder / f".{CONFIG}.partial"
+    partial.write_text(text)
+    os.replace(partial, folder / CONFIG)
 
 
 def load(folder: str | os.PathLike):
@@ -59,11 +65,8 @@ def load(folder: str | os.PathLike):
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
     if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{str(folder)!r} was not written by sparsejax.interop.native")
-    attributes = dict(config["attributes"])
-    model = models.build(config["name"], attributes.pop("classes"), **attributes)
+    attributes = config.get("attributes")
+    if not isinstance(attributes, dict) or "classes" not in attributes:
+        raise ValueError(f"{str(path)!r} must hold attributes with classes, got {attributes!r}")
+    model = models.build(config.get("name"), attributes.pop("classes"), **attributes)
     return model, formats.load(Path(folder) / WEIGHTS)
-
-
-def _plain(value):
-    """Flax's frozen mappings as dicts."""
-    return dict(value)

@@ -85,7 +85,7 @@ class Files:
 
     Raises:
       ValueError: for a folder without weights, an index that is not one or names files or tensors that are not
-        there, or a file that is no safetensors file.
+        there, a file that is no safetensors file, or two tensors of one parameter.
     """
 
     def __init__(self, folder: Path, family: Family):
@@ -96,6 +96,11 @@ class Files:
                 name = next((tensor[: -len(a)] + b for a, b in LEGACY.items() if tensor.endswith(a)), tensor)
                 for variant in family.variants:
                     name = name.removeprefix(variant.prefix)
+                if name in self._names:
+                    other = self._names[name][1]
+                    raise ValueError(
+                        f"{str(folder)!r} holds both {other} and {tensor}, which name the same parameter"
+                    )
                 self._names[name] = (file, tensor)
 
     def __iter__(self):
@@ -103,6 +108,11 @@ class Files:
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
+
+    def alias(self, name: str, other: str) -> None:
+        """Lets the tensor `other`, if there is one, stand for `name` where that is missing."""
+        if other in self._names:
+            self._names.setdefault(name, self._names[other])
 
     def origin(self, name: str) -> tuple[str, str]:
         """The file that holds a tensor, and the tensor's name there."""
@@ -127,7 +137,11 @@ class Files:
         if (self.folder / SINGLE).is_file():
             return {SINGLE: self._tensors(SINGLE)}
         if not (self.folder / INDEX).is_file():
-            raise ValueError(f"{str(self.folder)!r} holds no weights: neither {SINGLE} nor {INDEX}")
+            pickled = next(self.folder.glob("pytorch_model*.bin"), None)
+            advice = (
+                f" ({pickled.name} needs PyTorch: load it there and save_pretrained once)" if pickled else ""
+            )
+            raise ValueError(f"{str(self.folder)!r} holds no weights: neither {SINGLE} nor {INDEX}{advice}")
         index = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(index, Mapping) or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"{str(self.folder / INDEX)!r} has no weight_map from tensors to files")

@@ -1,16 +1,22 @@
 """Tokenizers of Hugging Face folders, through the `tokenizers` library."""
 
+import json
 import os
 from pathlib import Path
 
 PAIR = ("vocab.json", "merges.txt")
+SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+END = "<|endoftext|>"  # all of GPT-2's special tokens, which its folders do not name
 
 
 def tokenizer(folder: str | os.PathLike):
     """The `tokenizers.Tokenizer` of a folder; `.encode(text).ids` and `.decode(ids)` are its use.
 
     It is read from `tokenizer.json`, without the padding and truncation that may be saved in it, or else from
-    `vocab.json` and `merges.txt`: then it is GPT-2's byte-level BPE, which adds no special tokens to a text.
+    `vocab.json` and `merges.txt`: then it is GPT-2's byte-level BPE, with the special tokens that
+    `tokenizer_config.json` and `special_tokens_map.json` name, if there are such files. It puts none before a text
+    unless `add_bos_token` asks for it, as in folders of OPT.
 
     Raises:
       ValueError: if the folder has none of these files, or one of them is damaged.
@@ -25,7 +31,7 @@ def tokenizer(folder: str | os.PathLike):
             found.no_truncation()
             return found
         if all((folder / name).is_file() for name in PAIR):
-            return _byte_level(tokenizers, *(str(folder / name) for name in PAIR))
+            return _byte_level(tokenizers, folder)
     except Exception as error:  # the library raises plain Exceptions
         raise ValueError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
     raise ValueError(
@@ -33,14 +39,31 @@ def tokenizer(folder: str | os.PathLike):
     )
 
 
-def _byte_level(tokenizers, vocabulary: str, merges: str):
-    model = tokenizers.models.BPE.from_file(vocabulary, merges)
-    found = tokenizers.Tokenizer(model)
+def _byte_level(tokenizers, folder: Path):
+    found = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*(str(folder / name) for name in PAIR)))
     found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = tokenizers.decoders.ByteLevel()
-    if found.token_to_id("<|endoftext|>") is not None:
-        found.add_special_tokens(["<|endoftext|>"])
+    settings = {}
+    for name in SETTINGS:  # the last one has the last word
+        if (folder / name).is_file():
+            settings |= json.loads((folder / name).read_text(encoding="utf-8"))
+    special = {role: _content(settings.get(role) or END) for role in SPECIAL}
+    found.add_special_tokens([each for each in special.values() if found.token_to_id(each) is not None])
+    if settings.get("add_bos_token", False):
+        first = special["bos_token"]
+        if found.token_to_id(first) is None:
+            raise ValueError(f"add_bos_token puts {first!r} before every text, which {PAIR[0]} does not hold")
+        found.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{first} $A",
+            pair=f"{first} $A {first} $B:1",
+            special_tokens=[(first, found.token_to_id(first))],
+        )
     return found
+
+
+def _content(token) -> str:
+    """The text of a special token, which is stored as such or with its properties."""
+    return token["content"] if isinstance(token, dict) else str(token)
 
 
 def byte_tokenizer():

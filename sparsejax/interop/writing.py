@@ -1,5 +1,6 @@
 """Writes Hugging Face folders part by part, whole or not at all."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,11 +21,11 @@ from sparsejax.interop.tensors import DTYPES, INDEX, SINGLE, place, to_file
 from sparsejax.masks import choose, flatten
 from sparsejax.models.layers import layer_sizes
 
-COPIED = (  # what a folder says about its texts, images and pooling
+COPIED = (  # patterns: what a folder says about its texts, images, pooling and terms of use
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja"),
     *("generation_config.json", "preprocessor_config.json", "modules.json", "sentence_bert_config.json"),
-    *("config_sentence_transformers.json", "1_Pooling/config.json"),
+    *("config_sentence_transformers.json", "LICENSE*", "NOTICE*", "USE_POLICY.md"),
 )
 METADATA = {"format": "pt"}  # transformers reads no file without it
 
@@ -62,13 +63,15 @@ def writer(
       model: whose parameters they are.
       config: of the checkpoint that the model comes from (`Checkpoint.config`), or `{"model_type": ...}`; what has
         changed in the model is changed in it.
-      source: a folder whose tokenizer and other small files are copied.
+      source: a folder whose tokenizer, licence and other small files are copied, and the folders of the further
+        modules that its `modules.json` names, as sentence encoders have them.
       card: text of `README.md`.
       shard_bytes: how many bytes of tensors are collected before a file is written.
 
     Raises:
-      ValueError: if the folder is not empty, there is no source, the config cannot express the model; for a part
-        that the model does not have, came already, has other leaves or shapes; at the end, if one is missing.
+      ValueError: if the folder is not empty, there is no sound source, the config cannot express the model; for a
+        part that the model does not have, came already, has other leaves or shapes; at the end, if one is missing.
+      OSError: if the finished folder cannot get its name; it is kept under the one that the error says.
     """
     return Writer(folder, model, config, source, card, shard_bytes)
 
@@ -77,32 +80,36 @@ class Writer:
     """See `writer`."""
 
     def __init__(self, folder, model, config, source, card, shard_bytes):
-        self._folder = Path(folder).expanduser().absolute()
+        self._folder = (
+            Path(folder).expanduser().resolve()
+        )  # a link cannot be replaced by a folder, its target can
         if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
             raise ValueError(f"{str(self._folder)!r} exists already; remove it or name another folder")
         self._source = None if source is None else Path(source).expanduser()
         if self._source is not None and not self._source.is_dir():
             raise ValueError(f"the source {str(self._source)!r} is not a folder")
+        self._copied = [] if self._source is None else _small_files(self._source)
         if shard_bytes < 1:
             raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
         self._family = family_of(config)
         if type(model) is not self._family.model:
             raise ValueError(
-                f"a checkpoint of {self._family.variants[0].architecture} needs a {self._family.model.__name__}, "
-                f"got a {type(model).__name__}"
+                f"a checkpoint of {self._family.variants[0].architecture} needs a model of the class "
+                f"{self._family.model.__name__}, got {type(model).__name__}"
             )
         self._config, self._card, self._shard_bytes = dict(config), card, shard_bytes
         self._model, self._target = model, uniform(model, self._family)
         self._shapes, self._wanted = (shapes(self._family, each, config) for each in (model, self._target))
         self._names(self._shapes)  # raises for parameters that have no place in a checkpoint
         self._variant = self._family.variant(self._names(self._wanted))
-        self._describe("float32")  # so that a model that cannot be written is found out before the work
+        to_json(self._describe("float32"))  # so that what cannot be written is found out before the work
         self._waiting, self._waiting_bytes = {}, 0
         self._files, self._done, self._dtype = [], [], None  # files: the names of each one's tensors
         self._parameters = self._bytes = 0
 
     def __enter__(self) -> "Writer":
         self._partial = self._folder.with_name(f".{self._folder.name}.{uuid.uuid4().hex}.partial")
+        self._made = [parent for parent in self._folder.parents if not parent.exists()]
         self._partial.mkdir(parents=True)
         return self
 
@@ -110,8 +117,25 @@ class Writer:
         try:
             if kind is None:
                 self._finish()
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        except BaseException:
+            self._remove()
+            raise
+        if kind is not None:
+            self._remove()
+            return
+        try:
+            self._partial.rename(self._folder)
+        except OSError as cause:
+            raise OSError(
+                f"the finished folder {str(self._partial)!r} cannot be renamed to {str(self._folder)!r}: {cause}"
+            ) from cause
+
+    def _remove(self) -> None:
+        """Leaves nothing behind, nor the parents that were made for the folder."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may use a parent by now
+            for parent in self._made:
+                parent.rmdir()
 
     def __setitem__(self, part: str, subtree) -> None:
         choose("part", part, self._shapes)
@@ -138,13 +162,22 @@ class Writer:
                     f"{name} is {'missing' if path in wanted else 'not a parameter of the model'}"
                 )
             if leaves[path].shape != wanted[path]:
-                raise ValueError(f"{name} has shape {leaves[path].shape}, but the model has {wanted[path]}")
+                raise ValueError(
+                    f"{name} has shape {leaves[path].shape}, but the model has {wanted[path]}{self._at(name)}"
+                )
             if str(leaves[path].dtype) not in DTYPES.values():
                 allowed = ", ".join(sorted(DTYPES.values()))
                 raise ValueError(
                     f"{name} has dtype {leaves[path].dtype}, which cannot be written (known: {allowed})"
                 )
             self._dtype = self._dtype or str(leaves[path].dtype)
+
+    def _at(self, name: str) -> str:
+        """What a shape depends on beside the model: a vit's images, of which only the config tells."""
+        if name != "positions":
+            return ""
+        _, height, width, _ = self._family.example(self._config)[0]
+        return f" for images of {height}x{width} pixels (image_size in the config)"
 
     def _names(self, shapes: Mapping[str, Mapping]) -> list[str]:
         """The tensors that hold parts of these shapes, by the names of `Family.tensors`."""
@@ -194,13 +227,11 @@ class Writer:
         self._flush()
         self._name_files()
         _write_json(self._partial / "config.json", self._describe(self._dtype))
-        for name in COPIED if self._source is not None else ():
-            if (self._source / name).is_file():
-                (self._partial / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(self._source / name, self._partial / name)
+        for path in self._copied:
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, self._partial / path.name)
         if self._card is not None:
             (self._partial / "README.md").write_text(self._card, encoding="utf-8")
-        self._partial.rename(self._folder)
 
     def _name_files(self) -> None:
         """Gives the files the names that they can have only now, and writes the index if there are several."""
@@ -230,5 +261,33 @@ def join(part: str, path: str) -> str:
     return f"{part}/{path}" if path else part
 
 
+def _small_files(source: Path) -> list[Path]:
+    """The files of `COPIED`, and the folders of the modules after the transformer."""
+    found = [path for pattern in COPIED for path in sorted(source.glob(pattern)) if path.is_file()]
+    path = source / "modules.json"
+    if not path.is_file():
+        return found
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        folders = [source / each["path"] for each in modules if not each["type"].endswith(".Transformer")]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is not a list of modules with path and type: {error!r}") from error
+    inside = [each for each in folders if each.is_dir() and each.resolve().parent == source.resolve()]
+    return found + inside
+
+
 def _write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(to_json(value, sort_keys=True), encoding="utf-8")
+
+
+def to_json(value: Mapping, **keywords) -> str:
+    """The text of a JSON object, in which NumPy's numbers and dtypes are plain ones."""
+    return json.dumps(value, indent=2, default=_plain, **keywords) + "\n"
+
+
+def _plain(value):
+    if isinstance(value, Mapping):  # Flax's frozen ones
+        return dict(value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return value.tolist()
+    return np.dtype(value).name

@@ -51,7 +51,8 @@ class Attention(linen.Module):
       window: how many positions a position sees, itself included; None for all. Only with `causal`.
 
     Raises:
-      ValueError: if `heads` does not divide `width`, or `kv_heads` not `heads`.
+      ValueError: if `heads` does not divide `width`, or `kv_heads` not `heads`; for a window that is not positive or
+        without `causal`; at a call, for a mask beside a cache, or positions that exceed the cache.
     """
 
     width: int
@@ -75,17 +76,24 @@ class Attention(linen.Module):
                 f"kv_heads={self.kv_heads} of an attention layer must divide its heads={self.heads}"
             )
 
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise ValueError(
+                f"window={self.window} of an attention layer must be at least 1, and the layer causal"
+            )
+
     @linen.compact
     def __call__(self, x, cos=None, sin=None, mask=None, cache=None, offset=0):
         """Sequences `(batch, length, features)` for sequences `(batch, length, inputs)`.
 
         Args:
           cos, sin: float32 tables of rotary positions `(length, width / heads / 2)`, see `sparsejax.models.rotary`.
-          mask: bool `(batch, length)`, the positions that may be seen; None for all.
+          mask: bool `(batch, length)`, the positions that may be seen; None for all. Not with a cache.
           cache: None, or the keys and values seen so far, `{"key", "value"}` of `(batch, capacity, kv_heads,
             width / heads)`, the first `offset` positions filled; then the result is (sequences, new cache).
-          offset: int, or int32 scalar: position of the first of `x`.
+          offset: int, or int32 scalar: position of the first of `x`. Only an int is held against the capacity.
         """
+        if cache is not None and mask is not None:
+            raise ValueError("attention with a cache sees every position before its own, so it takes no mask")
         size, kv_heads = self.width // self.heads, self.kv_heads or self.heads
 
         def project(name, features, inputs):
@@ -117,11 +125,18 @@ class Attention(linen.Module):
     @linen.nowrap
     def _continue(self, query, key, value, cache, offset):
         """Attention of new positions, from `offset` on, to those in the cache and to themselves; the new cache."""
+        capacity = cache["key"].shape[1]
+        if (
+            isinstance(offset, int) and offset + query.shape[1] > capacity
+        ):  # they would overwrite the last ones
+            raise ValueError(
+                f"{query.shape[1]} positions after {offset} exceed the cache's capacity of {capacity}"
+            )
         cache = {
             name: jax.lax.dynamic_update_slice_in_dim(cache[name], part.astype(cache[name].dtype), offset, 1)
             for name, part in (("key", key), ("value", value))
         }
-        ages = offset + jnp.arange(query.shape[1])[:, None] - jnp.arange(cache["key"].shape[1])
+        ages = offset + jnp.arange(query.shape[1])[:, None] - jnp.arange(capacity)
         seen = ages >= 0 if self.window is None else (ages >= 0) & (ages < self.window)
         keys, values = (cache[name].astype(query.dtype) for name in ("key", "value"))
         return jax.nn.dot_product_attention(query, keys, values, mask=seen[None, None]), cache

@@ -32,7 +32,7 @@ class Encoder(nn.MaskedParams):
       mlp_ratio: hidden width of the feed-forward networks, in widths.
       max_length: positions that are learned, and the longest sequence.
       linear: which layer makes the projections of the blocks, see `sparsejax.nn.linear`.
-      dtype: dtype of the computation, None for float32.
+      dtype: dtype of the computation, None for that of the parameters.
       vocabulary: size of the vocabulary, None for `classes`.
       hidden: hidden width of the feed-forward networks, None for `mlp_ratio * width`.
       epsilon: of the norms.
@@ -136,12 +136,12 @@ class Encoder(nn.MaskedParams):
     def encode(self, tokens, types=None, mask=None):
         """Hidden states `(batch, length, width)` after the last block; arguments as of a call."""
         context = self.context(tokens, mask)
-        x = self.start(tokens, types, mask)
+        x = self.start(tokens, types)
         for block in self._blocks:
             x = block(x, **context)
         return x
 
-    def start(self, tokens, types=None, mask=None):
+    def start(self, tokens, types=None):
         """Hidden states before the first block; needs `embed`, `positions`, `types` and `embed_norm`."""
         if tokens.shape[1] > self.max_length:
             raise ValueError(f"sequences of {tokens.shape[1]} tokens exceed max_length={self.max_length}")
@@ -149,9 +149,9 @@ class Encoder(nn.MaskedParams):
         if self.types:
             x = x + self._types(jnp.zeros_like(tokens) if types is None else types).astype(x.dtype)
         places = jnp.arange(tokens.shape[1]) + self.position_offset
-        mask = self.context(tokens, mask).get("mask")
-        if self.pad is not None and self.position_offset and mask is not None:
-            places = jnp.where(mask, jnp.cumsum(mask, axis=1), 0) + self.position_offset - 1
+        if self.pad is not None and self.position_offset:
+            counts = tokens != self.pad  # whatever a mask says
+            places = jnp.where(counts, jnp.cumsum(counts, axis=1), 0) + self.position_offset - 1
         return self._embed_norm(x + self._positions(places).astype(x.dtype))
 
     @linen.compact  # for `head_bias`, which `start` must not need
@@ -224,19 +224,23 @@ def pool_tokens(x, pool: str, mask=None):
     return (total / jnp.maximum(mask.sum(1, keepdims=True), 1)).astype(x.dtype)
 
 
-@partial(jax.jit, static_argnames=("model", "pool", "normalise"))
 def sentence_embeddings(
     model: Encoder, params, tokens, mask=None, pool: str = "mean", normalise: bool = True
 ):
     """float32 `(batch, width)`, one vector per sequence (Reimers and Gurevych 2019).
 
     Args:
-      params: of the model; those after the last block are not read.
+      params: of the model, read anew at every call if they are lazy; those after the last block are not used.
       tokens: int32 `(batch, length)`.
       mask: bool or 0/1 `(batch, length)`, False at padding; None for the tokens that are not the model's `pad`.
       pool: what is made of the last hidden states: their `mean` over the mask, or the `first`.
       normalise: whether the vectors get length 1.
     """
+    return _sentence_embeddings(model, dict(params), tokens, mask, pool, normalise)
+
+
+@partial(jax.jit, static_argnames=("model", "pool", "normalise"))
+def _sentence_embeddings(model, params, tokens, mask, pool, normalise):
     x = model.apply({"params": params}, tokens, mask=mask, method="encode").astype(jnp.float32)
     x = pool_tokens(x, pool, model.context(tokens, mask).get("mask"))
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if normalise else x

@@ -22,13 +22,7 @@ from sparsejax import nn
 from sparsejax.masks import choose
 from sparsejax.models import rotary
 from sparsejax.models.blocks import PROJECTIONS, Block, norm
-from sparsejax.models.layers import (
-    block_options,
-    check_model,
-    frozen,
-    head_width,
-    layer_sizes,
-)
+from sparsejax.models.layers import block_options, check_model, frozen, head_width
 
 POSITIONS = ("learned", "rotary")
 
@@ -44,7 +38,7 @@ class Transformer(linen.Module):
       mlp_ratio: hidden width of the feed-forward networks, in widths.
       max_length: positions that are learned, and the longest sequence.
       linear: which layer makes the projections of the blocks, see `sparsejax.nn.linear`.
-      dtype: dtype of the computation, None for float32.
+      dtype: dtype of the computation, None for that of the parameters.
       kv_heads: heads of keys and values, None for `heads`.
       head_width: width of one head, None for `width / heads`.
       hidden: hidden width of the feed-forward networks, or of every expert; None for `mlp_ratio * width`.
@@ -157,8 +151,11 @@ class Transformer(linen.Module):
         Args:
           offset: int, or int32 scalar: position of the first token.
         """
-        if tokens.shape[1] > self.max_length:
-            raise ValueError(f"sequences of {tokens.shape[1]} tokens exceed max_length={self.max_length}")
+        known = offset if isinstance(offset, int) else 0
+        if known + tokens.shape[1] > self.max_length:
+            raise ValueError(
+                f"sequences of {known + tokens.shape[1]} tokens exceed max_length={self.max_length}"
+            )
         x = self._embed(tokens)
         if self.positions == "rotary":
             return x
@@ -195,11 +192,6 @@ class Transformer(linen.Module):
         first = ("embed", "positions") if self.positions == "learned" else ("embed",)
         last = ("norm",) if self.tied else ("norm", "head")
         return (*first, *(f"block_{i}" for i in range(self.depth)), *last)
-
-    @linen.nowrap
-    def layer(self, i: int) -> dict:
-        """The sizes of block `i`, as `sparsejax.models.layers.layer_sizes` gives them."""
-        return layer_sizes(self, i)
 
     @linen.nowrap
     def _rates(self):

@@ -18,7 +18,7 @@ class VisionTransformer(nn.MaskedParams):
     """Encoder on square patches, with learned positions.
 
     Attributes:
-      classes: number of outputs.
+      classes: number of outputs; 0: there is no head, and the outputs are the pooled tokens.
       patch: side of a patch in pixels; it must divide the height and the width of the images.
       width: of the tokens.
       depth: number of blocks, `block_0`, `block_1`, ...
@@ -34,7 +34,8 @@ class VisionTransformer(nn.MaskedParams):
       layers: empty, or one mapping per block that replaces `heads`, `hidden` or `bias` there, as in `Transformer`.
 
     Raises:
-      ValueError: for an unknown name, layers that do not fit the depth, or a patch that does not divide the image (at the first call).
+      ValueError: for an unknown name, layers that do not fit the depth, or at a call a patch that does not divide the images, or
+        images of another size than the positions are for.
     """
 
     classes: int
@@ -65,8 +66,9 @@ class VisionTransformer(nn.MaskedParams):
         return nn.reads_masks(self.linear)
 
     def __call__(self, x, train: bool = False):
-        """Outputs `(batch, classes)` for images `(batch, height, width, channels)`; `train` has no effect.
+        """float32 outputs `(batch, classes)` for images `(batch, height, width, channels)`; `train` has no effect.
 
+        Without classes the outputs are `(batch, width)`.
         The output of every block is sown as `features/block` (except by `init`, which makes parameters only).
         """
         return self._run(x, ("start", "blocks", "finish"))
@@ -76,7 +78,7 @@ class VisionTransformer(nn.MaskedParams):
         return self._run(x, ("start",))
 
     def finish(self, x):
-        """Outputs `(batch, classes)`, float32, for the tokens after the last block; needs `norm` and `head`."""
+        """Outputs, float32, for the tokens after the last block; needs `norm` and, if there is one, `head`."""
         return self._run(x, ("finish",))
 
     # The number of positions is that of the first image, so the parameters cannot be declared in a `setup`.
@@ -88,6 +90,7 @@ class VisionTransformer(nn.MaskedParams):
                 token = self.param("token", zeros, (1, 1, self.width))
                 token = jnp.broadcast_to(token, (len(x), 1, self.width)).astype(x.dtype)
                 x = jnp.concatenate([token, x], axis=1)
+            self._check_positions(x)
             x = x + self.param("positions", normal(0.02), (1, *x.shape[1:])).astype(x.dtype)
         if "blocks" in stages:
             for i in range(self.depth):
@@ -97,8 +100,18 @@ class VisionTransformer(nn.MaskedParams):
         if "finish" in stages:
             x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
             x = x[:, 0] if self.pool == "token" else x.mean(1)
-            x = nn.Dense(self.classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+            if self.classes:
+                x = nn.Dense(self.classes, dtype=self.dtype, name="head")(x)
+            x = x.astype(jnp.float32)
         return x
+
+    @linen.nowrap
+    def _check_positions(self, x) -> None:
+        if not self.has_variable("params", "positions"):
+            return
+        known = self.get_variable("params", "positions").shape[1]
+        if x.shape[1] != known:
+            raise ValueError(f"images of {x.shape[1]} tokens do not fit the {known} positions of a vit")
 
     @linen.nowrap
     def block(self, i: int) -> Block:
@@ -114,7 +127,8 @@ class VisionTransformer(nn.MaskedParams):
     def parts(self) -> tuple[str, ...]:
         """The names of the parameters and their subtrees, in the order of their use."""
         first = ("embed", "token", "positions") if self.pool == "token" else ("embed", "positions")
-        return (*first, *(f"block_{i}" for i in range(self.depth)), "norm", "head")
+        last = ("norm", "head") if self.classes else ("norm",)
+        return (*first, *(f"block_{i}" for i in range(self.depth)), *last)
 
 
 def patches(images, side: int):

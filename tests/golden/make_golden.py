@@ -28,6 +28,7 @@ ENDLESS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 SMALL = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4)
 GROUPED = dict(intermediate_size=40, num_key_value_heads=2, max_position_embeddings=64, **SMALL, **ENDLESS)
 POST_NORM = dict(intermediate_size=40, max_position_embeddings=24, layer_norm_eps=3e-3, **SMALL)
+SHALLOW = {**POST_NORM, "num_hidden_layers": 1}
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=60.0,
@@ -40,6 +41,12 @@ LLAMA3 = dict(
 
 def plain(theta: float) -> dict:
     return {"rope_type": "default", "rope_theta": theta}
+
+
+def with_pooler(model):
+    """The model with the pooler that many checkpoints hold although its head reads none."""
+    model.bert.pooler = transformers.models.bert.modeling_bert.BertPooler(model.config)
+    return model
 
 
 MODELS = {
@@ -85,6 +92,16 @@ MODELS = {
     "qwen2": lambda: transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(rms_norm_eps=3e-3, rope_parameters=plain(90.0), **GROUPED)
     ),
+    "qwen2_window": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            rms_norm_eps=3e-3,
+            rope_parameters=plain(90.0),
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=0,
+            **{**GROUPED, "intermediate_size": 20},
+        )
+    ),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(rms_norm_eps=3e-3, head_dim=12, rope_parameters=plain(100.0), **GROUPED)
     ),
@@ -99,6 +116,13 @@ MODELS = {
         )
     ),
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**POST_NORM)),
+    "bert_mlm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SHALLOW)),
+    "bert_ner": lambda: with_pooler(
+        transformers.BertForTokenClassification(transformers.BertConfig(**SHALLOW, num_labels=5))
+    ),
+    "roberta_mlm": lambda: transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(**SHALLOW, type_vocab_size=1, pad_token_id=1)
+    ),
     "roberta": lambda: transformers.RobertaModel(
         transformers.RobertaConfig(**{**POST_NORM, "layer_norm_eps": 2e-3}, type_vocab_size=1, pad_token_id=1)
     ),
@@ -131,6 +155,7 @@ SENTENCES = [
     "Pruning removes weights that matter little; what is left is trained again, and again, until the network "
     "either fits on the device or no longer does its work.",
 ]
+HEADS = ("bert_mlm", "bert_ner", "roberta_mlm")  # encoders with a head for every token
 STORED = {"qwen3": torch.bfloat16}  # the others are stored in float32
 SHARDS = {"qwen2": "40KB"}
 
@@ -188,8 +213,8 @@ def expect_decoder(model) -> dict:
     return {"tokens": tokens.int(), "logits": logits, "generated": grown[:, LENGTH:].int()}
 
 
-def expect_encoder(model) -> dict:
-    """Hidden states of a full and of a padded sequence, the pooler's output, and mean-pooled unit embeddings."""
+def padded_inputs(model):
+    """A full and a padded sequence, their mask and types."""
     tokens = text_inputs()
     mask = torch.ones_like(tokens)
     mask[1, -4:] = 0
@@ -197,6 +222,20 @@ def expect_encoder(model) -> dict:
     types = torch.zeros_like(tokens)
     if model.config.type_vocab_size > 1:
         types[:, 5:] = 1
+    return tokens, mask, types
+
+
+def expect_head(model) -> dict:
+    """Logits of every token, where the mask hides also one that is no padding."""
+    tokens, mask, types = padded_inputs(model)
+    mask[0, 3] = 0
+    logits = model(tokens, attention_mask=mask, token_type_ids=types).logits
+    return {"tokens": tokens.int(), "mask": mask.int(), "types": types.int(), "logits": logits}
+
+
+def expect_encoder(model) -> dict:
+    """Hidden states of a full and of a padded sequence, the pooler's output, and mean-pooled unit embeddings."""
+    tokens, mask, types = padded_inputs(model)
     outputs = model(tokens, attention_mask=mask, token_type_ids=types)
     hidden = outputs.last_hidden_state
     weights = mask[..., None].float()
@@ -219,11 +258,14 @@ def make(family: str) -> None:
     model = MODELS[family]().eval()
     dtype = STORED.get(family, torch.float32)
     randomise(model, dtype)
-    kind = (
-        expect_vision if family == "vit" else expect_encoder if hasattr(model, "encoder") else expect_decoder
-    )
+    if family == "vit":
+        expect = expect_vision
+    elif hasattr(model, "encoder"):
+        expect = expect_encoder
+    else:
+        expect = expect_head if family in HEADS else expect_decoder
     with torch.no_grad():
-        expected = kind(model)
+        expected = expect(model)
     model.to(dtype).save_pretrained(folder, max_shard_size=SHARDS.get(family, "1GB"))
     (folder / "generation_config.json").unlink(missing_ok=True)
     arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in expected.items()}

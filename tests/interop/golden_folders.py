@@ -9,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-DECODERS = ("gpt2", "opt", "llama", "llama_tied", "mistral", "qwen2", "qwen3", "mixtral")
+DECODERS = ("gpt2", "opt", "llama", "llama_tied", "mistral", "qwen2", "qwen2_window", "qwen3", "mixtral")
 
 
 def expected(family):

@@ -20,9 +20,17 @@ def refuse(folder, message, **keywords):
 
 def test_folders_without_config_or_weights(tmp_path):
     refuse(tmp_path, "holds no config.json")
-    refuse(tmp_path / "nowhere", "nowhere' holds no config.json")
+    refuse(tmp_path / "nowhere", "nowhere' holds no config.json$")
+    refuse(
+        "who/gpt2",
+        r"holds no config.json \(Hub names are not downloaded; hf download who/gpt2 --local-dir gpt2\)",
+    )
     shutil.copy(GOLDEN / "llama" / "config.json", tmp_path)
     refuse(tmp_path, "holds no weights: neither model.safetensors nor model.safetensors.index.json")
+    (tmp_path / "pytorch_model.bin").touch()
+    refuse(
+        tmp_path, r"index.json \(pytorch_model.bin needs PyTorch: load it there and save_pretrained once\)"
+    )
     (tmp_path / "config.json").write_text("{")
     refuse(tmp_path, "config.json' is not a JSON file: ")
     (tmp_path / "config.json").write_text("[]")
@@ -92,6 +100,62 @@ def test_unsupported_architectures_and_dtypes(tmp_path):
             "a sliding window in only some of the blocks",
         ),
         ("llama", {"num_attention_heads": 5, "head_dim": 8}, "kv_heads=2 .* must divide its heads=5"),
+        ("gpt2", {"is_causal": False}, r"is_causal=False is not supported \(only True\)"),
+        ("qwen3", {"is_causal": False}, r"is_causal=False is not supported \(only True\)"),
+        ("roberta_mlm", {"hidden_act": "relu"}, r"hidden_act='relu' is not supported \(only 'gelu'\)"),
+        ("llama", {"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ("llama", {"attention_bias": "false"}, "attention_bias .* must be true or false, got 'false'"),
+        ("llama", {"rope_scaling": "linear"}, "must be one mapping for all layers, got 'linear'"),
+        ("llama", {"rope_parameters": {"full_attention": {}}}, "must be one mapping for all layers"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": None}},
+            "factor .* positive number, got None",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+            "factor .* positive number, got 0",
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            "low_freq_factor=4.0 must be less than high_freq_factor=4.0",
+        ),
+        *(
+            ("qwen2", {"rope_parameters": "absent", "rope_theta": theta}, f"positive number, got {theta!r}")
+            for theta in (None, "1e4", -5, 0)
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": "5"},
+            "sliding_window .* whole number of at least 1, got '5'",
+        ),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "layer_types": "absent",
+                "max_window_layers": None,
+            },
+            "max_window_layers .* whole number of at least 0, got None",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention"]},
+            "layer_types in the config must be a list of 2 names",
+        ),
+        ("bert_ner", {"id2label": 3}, "id2label .* must map numbers to labels, got 3"),
+        ("vit", {"image_size": "x"}, "image_size .* must be one or two positive numbers .* got 'x'"),
     ],
 )
 def test_configs_that_our_models_cannot_follow(tmp_path, family, changes, message):
@@ -137,6 +201,19 @@ def test_shapes_of_fused_and_stacked_tensors(tmp_path):
     name = "vit.embeddings.patch_embeddings.projection.weight"
     refuse(
         edit(tmp_path, "vit", change_tensors=widen(name)), rf"{name} has shape .* asks for \(32, 3, 4, 4\)"
+    )
+
+
+def test_two_tensors_of_one_parameter(tmp_path):
+    def twice(found):
+        return found | {
+            "model.norm.weight": found["model.norm.weight"],
+            "norm.weight": np.ones(32, np.float32),
+        }
+
+    refuse(
+        edit(tmp_path, "llama", change_tensors=twice),
+        "llama' holds both (model.norm.weight and norm.weight|norm.weight and model.norm.weight), which name",
     )
 
 

@@ -105,6 +105,27 @@ def test_a_tied_head_may_be_stored_too(tmp_path):
     assert_identical(load(folder).params, load(GOLDEN / "llama_tied").params)
 
 
+def test_a_tied_head_may_stand_for_the_embedding(tmp_path):
+    def store(found):
+        inverse = {"model.rotary_emb.inv_freq": np.ones(4, np.float32)}  # a buffer of older versions
+        return found | {"lm_head.weight": found.pop("model.embed_tokens.weight")} | inverse
+
+    folder = edit(tmp_path, "llama_tied", change_tensors=store)
+    assert_identical(load(folder).params, load(GOLDEN / "llama_tied").params)
+
+
+def test_dynamic_scaling_is_none_within_the_longest_sequence(tmp_path):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 90.0, "factor": 2.0, "partial_rotary_factor": None}
+    checkpoint = load(edit(tmp_path, "qwen2", {"rope_parameters": dynamic}), lazy=True)
+    assert checkpoint.model.rotary_scaling["rope_type"] == "dynamic"
+    np.testing.assert_array_equal(checkpoint.model._rates(), load(GOLDEN / "qwen2", lazy=True).model._rates())
+
+
+def test_code_that_a_config_names_is_not_run(tmp_path, caplog):
+    load(edit(tmp_path, "llama", {"auto_map": {"AutoModel": "modeling.Other"}}), lazy=True)
+    assert "the code that auto_map names is not run" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "window"),
     [
@@ -139,51 +160,13 @@ def test_old_files_of_bert_say_gamma_and_beta(tmp_path):
     assert_identical(load(folder).params, load(GOLDEN / "bert").params)
 
 
-def masked_head(found, names):
-    """The tensors with a head for masked tokens on top, without the pooler."""
-    random = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
-    tops = dict(
-        zip(names, (random, random[0], random[1], random[2], np.arange(96, dtype=np.float32)), strict=True)
-    )
-    return {name: tensor for name, tensor in found.items() if "pooler" not in name} | tops
-
-
-@pytest.mark.parametrize(
-    ("family", "prefix", "names"),
-    [
-        (
-            "bert",
-            "bert.",
-            ("transform.dense.weight", "transform.dense.bias", "transform.LayerNorm.weight")
-            + ("transform.LayerNorm.bias", "bias"),
-        ),
-        (
-            "roberta",
-            "roberta.",
-            ("dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "bias"),
-        ),
-    ],
-)
-def test_encoders_with_a_head_for_masked_tokens(tmp_path, family, prefix, names):
-    top = {"bert": "cls.predictions.", "roberta": "lm_head."}[family]
-    folder = edit(
-        tmp_path,
-        family,
-        change_tensors=lambda found: masked_head(
-            {prefix + name: tensor for name, tensor in found.items()}, [top + name for name in names]
-        ),
-    )
-    model, params, old = load(folder)
-    assert model.tied and model.classes == 96 and not model.pooler
-    np.testing.assert_array_equal(params["head_bias"], np.arange(96))
-    np.testing.assert_array_equal(
-        params["transform"]["kernel"].T[0, :3], tensors(folder)[top + names[0]][0, :3]
-    )
-    save(tmp_path / "again", model, params, old)
-    assert_identical(tensors(tmp_path / "again"), tensors(folder))
-    assert config(tmp_path / "again")["architectures"] == [
-        {"bert": "BertForMaskedLM"}.get(family, "RobertaForMaskedLM")
-    ]
+@pytest.mark.parametrize("family", ["bert_mlm", "bert_ner", "roberta_mlm"])
+def test_heads_reproduce_the_logits_of_transformers(family):
+    """The file of `bert_ner` holds a pooler too, and the masks hide a token that is no padding."""
+    wanted, checkpoint = expected(family), load(GOLDEN / family)
+    assert not checkpoint.model.pooler and checkpoint.model.pool is None
+    outputs = run(checkpoint, wanted["tokens"], types=wanted["types"], mask=wanted["mask"])
+    assert_close(outputs, wanted["logits"])
 
 
 def test_encoders_with_a_head_for_labels(tmp_path):
@@ -194,15 +177,38 @@ def test_encoders_with_a_head_for_labels(tmp_path):
             "classifier.bias": np.ones(3, np.float32),
         }
 
-    folder = edit(tmp_path, "bert", {"id2label": {"0": "a", "1": "b", "2": "c"}}, classify)
+    labels = {"id2label": {"0": "a", "1": "b", "2": "c"}}
+    architectures = {"architectures": ["BertForSequenceClassification"]}
+    folder = edit(tmp_path, "bert", labels | architectures, classify)
     model, params, old = load(folder)
     assert (model.classes, model.pool, model.pooler) == (3, "first", True)
     save(tmp_path / "again", model, params, old)
     assert_identical(tensors(tmp_path / "again"), tensors(folder))
-    assert config(tmp_path / "again") == {
-        **config(folder),
-        "architectures": ["BertForSequenceClassification"],
-    }
+    assert config(tmp_path / "again") == config(folder)
+    (tmp_path / "2").mkdir()
+    other = edit(tmp_path / "2", "bert", labels | {"architectures": ["BertForTokenClassification"]}, classify)
+    model = load(other).model  # the tensors alone would fit the other class too
+    assert (model.classes, model.pool, model.pooler) == (3, None, False)
+    (tmp_path / "3").mkdir()
+    body = load(edit(tmp_path / "3", "bert", labels, classify))  # its config names a BertModel
+    assert (body.model.classes, body.model.pooler) == (0, True)
+    assert_identical(body.params, load(GOLDEN / "bert").params)
+
+
+def test_vision_transformers_without_a_head_give_the_state_of_the_class_token(tmp_path):
+    def body(found):
+        return {
+            name.removeprefix("vit."): tensor for name, tensor in found.items() if "classifier" not in name
+        }
+
+    folder = edit(tmp_path, "vit", {"architectures": ["ViTModel"]}, body)
+    checkpoint, wanted = load(folder), expected("vit")
+    state = run(checkpoint, wanted["images"])
+    head = load(GOLDEN / "vit").params["head"]
+    assert_close(state @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), wanted["logits"])
+    save(tmp_path / "again", *checkpoint)
+    assert_identical(tensors(tmp_path / "again"), tensors(folder))
+    assert config(tmp_path / "again") == config(folder)
 
 
 def test_heads_that_our_encoders_lack_are_left_out_with_a_warning(tmp_path, caplog):

@@ -19,10 +19,11 @@ from golden_folders import (
 )
 
 import sparsejax
+from sparsejax.interop import native
 from sparsejax.interop.huggingface import load, save, writer
-from sparsejax.models import Encoder, Transformer
+from sparsejax.models import Encoder, Transformer, VisionTransformer
 
-FAMILIES = (*DECODERS, "bert", "roberta", "minilm", "vit")
+FAMILIES = (*DECODERS, "bert", "bert_mlm", "roberta", "roberta_mlm", "minilm", "vit")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,22 +58,107 @@ def test_streaming_writes_the_same_in_shards(tmp_path):
     assert again == (GOLDEN / "mixtral" / "model.safetensors").read_bytes()
 
 
-def test_the_dtype_of_the_parameters_is_written(tmp_path):
-    save(tmp_path / "out", *load(GOLDEN / "llama", "bfloat16"))
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_dtype_of_the_parameters_is_written(tmp_path, family):
+    model, params, old = load(GOLDEN / family, "bfloat16")
+    save(tmp_path / "out", model, params, {**old, "torch_dtype": "float32"})
     assert {str(tensor.dtype) for tensor in tensors(tmp_path / "out").values()} == {"bfloat16"}
-    assert config(tmp_path / "out") == {**config(GOLDEN / "llama"), "dtype": "bfloat16"}
+    dtypes = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert config(tmp_path / "out") == {**config(GOLDEN / family), **dtypes}
+    assert_identical(load(tmp_path / "out").params, params)
+
+
+def test_rotary_positions_are_written_for_older_readers_too(tmp_path):
+    model, params, old = load(GOLDEN / "qwen2")
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    save(tmp_path / "out", model.clone(rotary_scaling=scaling), params, old)
+    rope = {"rope_theta": 90.0, "rope_scaling": scaling, "rope_parameters": {**scaling, "rope_theta": 90.0}}
+    assert config(tmp_path / "out") == {**old, **rope}
+    assert load(tmp_path / "out", lazy=True).model == model.clone(rotary_scaling=scaling)
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    model, params, old = load(GOLDEN / "llama")
+    same = model.clone(depth=np.int64(2), rotary_theta=np.float32(60), dtype=jnp.bfloat16)
+    save(tmp_path / "out", same, params, {**old, "hidden_size": np.int64(32)})
+    assert config(tmp_path / "out") == old
+    (tmp_path / "own").mkdir()
+    native.save(tmp_path / "own", same, params)
+    assert sorted(os.listdir(tmp_path / "own")) == ["config.json", "model.safetensors"]
+    assert native.load(tmp_path / "own")[0] == model.clone(dtype="bfloat16")
+
+
+def test_a_description_that_json_cannot_hold_is_found_out_before_the_work(tmp_path):
+    model, params, old = load(GOLDEN / "llama")
+    with pytest.raises(TypeError):
+        writer(tmp_path / "out", model, {**old, "extra": object()})
+    with pytest.raises(TypeError):
+        native.save(tmp_path, model.clone(rotary_theta=1e4, dtype=object()), params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_configs_of_our_own_that_lack_something(tmp_path):
+    for wrong in ({}, {"attributes": {}}, {"attributes": 3}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "sparsejax", "name": "mlp", **wrong}))
+        with pytest.raises(ValueError, match="config.json' must hold attributes with classes, got"):
+            native.load(tmp_path)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "sparsejax", "attributes": {"classes": 2}})
+    )
+    with pytest.raises(ValueError, match="unknown model None"):
+        native.load(tmp_path)
 
 
 def test_small_files_of_the_source_and_the_card(tmp_path):
     source = tmp_path / "source"
     (source / "1_Pooling").mkdir(parents=True)
-    for name in ("tokenizer.json", "merges.txt", "1_Pooling/config.json", "README.md", "training_args.bin"):
+    (source / "2_Dense").mkdir()
+    (source / "0_Transformer").mkdir()
+    copied = ("tokenizer.json", "merges.txt", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+    copied += ("1_Pooling/config.json", "2_Dense/model.safetensors")
+    for name in (*copied, "README.md", "training_args.bin", "0_Transformer/model.safetensors"):
         (source / name).write_text(name)
+    paths = {
+        "Transformer": "0_Transformer",
+        "Pooling": "1_Pooling",
+        "Dense": "2_Dense",
+        "Normalize": "3_Normalize",
+    }
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in paths.items()]
+    modules += [{"path": path, "type": "other"} for path in ("", "..", "../source", str(tmp_path))]
+    (source / "modules.json").write_text(json.dumps(modules))
     save(tmp_path / "out", *load(GOLDEN / "minilm"), source=source, card="# Größe\n")
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "# Größe\n"
-    for name in ("tokenizer.json", "merges.txt", "1_Pooling/config.json"):
+    for name in copied:
         assert (tmp_path / "out" / name).read_text() == name
-    assert not (tmp_path / "out" / "training_args.bin").exists()
+    names = {name.split("/")[0] for name in copied}
+    own = {"README.md", "config.json", "model.safetensors", "modules.json"}
+    assert set(os.listdir(tmp_path / "out")) == names | own
+    (source / "modules.json").write_text("[3]")
+    with pytest.raises(ValueError, match="modules.json' is not a list of modules with path and type"):
+        save(tmp_path / "other", *load(GOLDEN / "minilm"), source=source)
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    save(tmp_path / "link", *load(GOLDEN / "minilm"))
+    assert (tmp_path / "link").is_symlink()
+    assert_identical(tensors(tmp_path / "target"), tensors(GOLDEN / "minilm"))
+
+
+def test_a_finished_folder_that_cannot_get_its_name_is_kept(tmp_path):
+    model, params, old = load(GOLDEN / "minilm")
+    with (
+        pytest.raises(OSError, match=r"the finished folder '.*\.partial' cannot be renamed to '.*out'"),
+        writer(tmp_path / "out", model, old) as out,
+    ):
+        for part in model.parts():
+            out[part] = params[part]
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").touch()
+    (kept,) = tmp_path.glob(".out.*.partial")
+    assert_identical(tensors(kept), tensors(GOLDEN / "minilm"))
 
 
 def shrink(params, sizes, head_width):
@@ -239,14 +325,15 @@ def test_bad_calls(tmp_path):
     model, params, old = load(GOLDEN / "llama")
 
     def refuse(message, folder="out", model=model, params=params, config=old, **keywords):
-        before = sorted(tmp_path.rglob("*"))
+        before = sorted(tmp_path.rglob("*"))  # without parents that were made for the folder either
         with pytest.raises(ValueError, match=message):
             save(tmp_path / folder, model, params, config, **keywords)
         assert sorted(tmp_path.rglob("*")) == before
 
     refuse("model_type None is not supported", config={})
     refuse(
-        "a checkpoint of BertForMaskedLM needs a Encoder, got a Transformer", config={"model_type": "bert"}
+        "a checkpoint of BertForMaskedLM needs a model of the class Encoder, got Transformer",
+        config={"model_type": "bert"},
     )
     refuse("source 'nowhere' is not a folder", source="nowhere")
     refuse("shard_bytes must be at least 1, got 0", shard_bytes=0)
@@ -255,7 +342,7 @@ def test_bad_calls(tmp_path):
         "norm of the model were not written, so there is no folder",
         params={name: part for name, part in params.items() if name != "norm"},
     )
-    refuse("norm/scale is missing", params={**params, "norm": {}})
+    refuse("norm/scale is missing", params={**params, "norm": {}}, folder="new/parent/out")
     with_bias = {"scale": params["norm"]["scale"], "bias": np.zeros(32)}
     refuse("norm/bias is not a parameter of the model", params={**params, "norm": with_bias})
     refuse(
@@ -288,6 +375,17 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
     ):
         out["blocks"] = params["embed"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_vit_of_ours_needs_the_size_of_its_images(tmp_path):
+    model = VisionTransformer(classes=3, patch=4, width=16, depth=1, heads=2, pool="token")
+    params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 8, 8, 3)))["params"]
+    with pytest.raises(ValueError, match=r"for images of 224x224 pixels \(image_size in the config\)"):
+        save(tmp_path / "out", model, params, {"model_type": "vit"})
+    save(tmp_path / "out", model, params, {"model_type": "vit", "image_size": 8})
+    back = load(tmp_path / "out")
+    assert_identical(back.params, params)
+    assert (back.model.classes, back.model.hidden) == (3, 64)
 
 
 def test_an_encoder_of_ours_becomes_a_checkpoint_of_bert(tmp_path):
