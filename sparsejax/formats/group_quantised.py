@@ -164,7 +164,8 @@ def group_quantised_matmul(x, w: GroupQuantisedArray, *, chunk: int = CHUNK):
     y = jnp.zeros((outputs, math.prod(x.shape[:-1])), exact)
     if stored:
         chunk = min(chunk, stored)
-        inputs = x.reshape(y.shape[1], w.shape[0]).T.reshape(-1, w.group, y.shape[1]).astype(exact)
+        inputs = x.reshape(y.shape[1], w.shape[0]).T.astype(exact)
+        inputs = inputs.reshape(w.shape[0] // w.group, w.group, y.shape[1])
         leaves = (w.scales, w.zeros, w.codes, w.groups.astype(jnp.int32), w._outputs())
         pads = (0, 0, 0, 0, outputs - 1)  # groups of scale 0, which keep the outputs sorted
         leaves = [_chunks(leaf, chunk, pad) for leaf, pad in zip(leaves, pads, strict=True)]
