@@ -20,6 +20,7 @@ from sparsejax import (
 from sparsejax.formats import matmul, unpack
 from sparsejax.formats import pack_tree as pack
 from sparsejax.masks import apply_masks, churn, densities, exploration_rate, get_masks, sad, sparsity
+from sparsejax.natural_galore import natural_galore
 from sparsejax.pruning import prune
 from sparsejax.target import Target
 from sparsejax.transforms import (

@@ -7,11 +7,13 @@ For the gradient G (m, n) of a matrix, m >= n, with P its first r right singular
 
     R = G P                                                     (m, r)
     H = the last `history` vectors vec(R), this one included, as columns
-    vec(N) = (damping I + H H^T)^-1 vec(R) = H (damping I + H^T H)^-1 e,      e = the unit vector of this R
+    vec(N) = (damping I + H H^T)^-1 vec(R) = Q_1 Q_2^T e / sqrt(damping),      e = the unit vector of this R
+             with the QR decomposition [H; sqrt(damping) I] = [Q_1; Q_2] T
     update = scale inner(N) P^T
 
-The second form of the natural step N needs the Cholesky factor of a matrix of `history` rows only, as Woodbury's
-identity of the paper does, and unlike that one it subtracts no numbers of size 1 / damping^2 from each other.
+The second form of the natural step N factorises `history` columns only, as Woodbury's identity of the paper does; but
+the sums of that one, and of H (damping I + H^T H)^-1 e, are of numbers of size 1 / damping that cancel where past
+gradients are alike, and in H^T H float32 loses the damping.
 
 Memory per matrix, in float32: min(m, n) r for P, the inner state on max(m, n) r numbers, and `history` times
 max(m, n) r for H. With the defaults that is more than Adam's two moments of the whole matrix unless min(m, n)
@@ -21,6 +23,7 @@ Departures: the moments of the inner optimizer and H are not carried over into a
 paper). The released code projects both sides of a matrix; here it is the shorter one, as in the paper.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -118,13 +121,26 @@ def _replace(tree, leaves: dict):
 
 
 def _natural(past, slot, damping: float):
-    """(damping I + H H^T)^-1 h for the columns H of `past`, of which h is the one in `slot`."""
-    columns = past.reshape(past.shape[0], -1)
-    gram = product(columns, columns.T) + damping * jnp.eye(past.shape[0])
-    weights = jax.scipy.linalg.cho_solve(
-        jax.scipy.linalg.cho_factor(gram), jax.nn.one_hot(slot, past.shape[0])
-    )
-    return jnp.tensordot(weights, past, 1, precision=jax.lax.Precision.HIGHEST)
+    """(damping I + H H^T)^-1 h for the columns H of `past`, of which h is the one in `slot`.
+
+    H H^T is that of H V for an orthogonal V. It is chosen so that the columns which are h over again become one column
+    and differences to h, which float32 subtracts exactly: what is left of the others stays small in every factor.
+    """
+    columns, place = past.reshape(past.shape[0], -1).T, jax.nn.one_hot(slot, past.shape[0])
+    now = columns[:, slot]
+    tiny = jnp.finfo(jnp.float32).tiny
+    alike = jnp.clip(jnp.round(product(now, columns) / jnp.maximum(product(now, now), tiny)), -1, 1)
+    alike = jnp.where(place, 1.0, alike)
+    size = jnp.linalg.norm(alike)
+    normal = alike / size + place
+    turn = jnp.eye(len(past)) - 2 * jnp.outer(normal, normal) / jnp.sum(
+        normal**2
+    )  # sends `place` to -alike / size
+    turned = product(columns - jnp.outer(now, alike), turn) - size * jnp.outer(now, place)
+    root = math.sqrt(damping)
+    q, _ = jnp.linalg.qr(jnp.concatenate([turned, root * jnp.eye(len(past))]))
+    natural = product(q[: len(columns)], product(turn[slot], q[len(columns) :])) / root
+    return natural.reshape(past.shape[1:])
 
 
 def _basis(matrix, rank: int):

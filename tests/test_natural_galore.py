@@ -77,6 +77,23 @@ def test_small_damping_loses_no_digits():
     np.testing.assert_allclose(updates[0]["tall"]["kernel"], -kernel / jnp.sum(kernel**2), rtol=1e-4)
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-5])
+def test_gradients_that_repeat_lose_no_digits(noise):
+    """H^T H has one eigenvalue of size 10^5 and others at the damping, below float32's resolution beside it."""
+    rng = np.random.default_rng(8)
+    g = 10 * rng.normal(size=(32, 16))
+    grads = [{"kernel": jnp.asarray(g + noise * rng.normal(size=g.shape), jnp.float32)} for _ in range(5)]
+    updates, state = run(sparsejax.natural_galore(optax.sgd(1.0), rank=16, scale=1.0), grads[0], grads)
+    past = np.asarray(state.past["kernel"], np.float64)[:5].reshape(5, -1)
+    basis = np.asarray(state.bases["kernel"], np.float64)
+    for step, update in enumerate(updates):
+        columns = past[: step + 1].T
+        natural = np.linalg.solve(1e-3 * np.eye(len(columns)) + columns @ columns.T, columns[:, -1])
+        expected = -natural.reshape(32, -1) @ basis.T
+        error = np.linalg.norm(update["kernel"] - expected) / np.linalg.norm(expected)
+        assert error < 1e-3, (step, error)
+
+
 def test_full_rank_without_history_is_the_inner_optimizer():
     grads = gradients(3, 4)
     updates, _ = run(natural_galore(optax.sgd(0.1), rank=6, scale=1.0, history=0), grads[0], grads)

@@ -63,9 +63,10 @@ def kmeans(
       A `Codebook`.
 
     Raises:
-      ValueError: for numbers below 1, or that do not divide the kernel, or more codewords than vectors; for a mask
-        with dim above 1.
+      ValueError: for a kernel of other than two axes; for numbers below 1, or that do not divide the kernel, or more
+        codewords than vectors; for a mask with dim above 1.
     """
+    check_kernel(kernel)
     inputs, outputs = kernel.shape
     if min(codewords, dim, books) < 1 or inputs % dim or outputs % books:
         raise ValueError(
@@ -78,9 +79,15 @@ def kmeans(
         raise ValueError(f"{codewords} codewords are more than the {vectors.shape[1]} vectors of a book")
     if mask is not None and dim > 1:
         raise ValueError(f"a codebook of vectors (dim={dim}) cannot leave out single weights")
-    weights = jnp.ones(vectors.shape[:2]) if mask is None else _by_book(mask, books)
+    weights = jnp.ones(vectors.shape[:2], jnp.int32) if mask is None else _by_book(mask, books)
     values = _lloyd(vectors, weights, jax.random.key(seed), codewords, iterations)
     return Codebook(values, nearest(values, kernel))
+
+
+def check_kernel(kernel) -> None:
+    """Raises ValueError unless the kernel has two axes."""
+    if kernel.ndim != 2:
+        raise ValueError(f"only kernels (in, out) have a codebook, but the kernel has shape {kernel.shape}")
 
 
 def insert(params, codebooks: Mapping[str, Codebook]):
@@ -106,7 +113,7 @@ def _books(values, outputs: int):
 
 def _by_book(mask, books: int):
     grouped = mask.reshape(mask.shape[0], books, -1).swapaxes(0, 1)
-    return grouped.reshape(books, -1).astype(jnp.float32)
+    return grouped.reshape(books, -1).astype(jnp.int32)
 
 
 def _start(vectors, weights, key, codewords: int):
@@ -125,7 +132,7 @@ def _start(vectors, weights, key, codewords: int):
 
 @jax.jit(static_argnums=(3, 4))
 def _lloyd(vectors, weights, key, codewords: int, iterations: int):
-    """The codewords `(books, codewords, dim)` of vectors `(books, n, dim)` with weights `(books, n)`."""
+    """The codewords `(books, codewords, dim)` of vectors `(books, n, dim)` with weights 0 or 1, int32 `(books, n)`."""
 
     def book(vectors, weights, values):
         def step(_, values):
@@ -134,7 +141,7 @@ def _lloyd(vectors, weights, key, codewords: int, iterations: int):
                 vectors, values.T, precision=lax.Precision.HIGHEST
             )
             codes = jnp.argmin(distance, axis=1)
-            count = jnp.zeros(len(values)).at[codes].add(weights)
+            count = jnp.zeros(len(values), jnp.int32).at[codes].add(weights)  # float32 stops at 2^24
             total = jnp.zeros(values.shape).at[codes].add(weights[:, None] * vectors)
             return jnp.where(count[:, None] > 0, total / jnp.maximum(count, 1)[:, None], values)
 

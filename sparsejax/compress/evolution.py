@@ -116,7 +116,7 @@ def search(
       starts: if positive, the first parent is the best of so many shuffled ones, on the first stage's sequences.
       seed: of all random numbers.
       path: a JSON file that holds the state after every generation, written atomically; a search whose file
-        exists goes on from there. None keeps nothing.
+        exists goes on from there, or gives what it was after `generations`. None keeps nothing.
       settings: what else the file must agree with (JSON-able).
       progress: whether to show a bar; None: if stderr is a terminal.
 
@@ -136,8 +136,10 @@ def search(
         "starts": starts,
         "seed": seed,
     }
-    parent, history = _load(path, settings) or (None, [])
-    if parent is None:
+    history = _load(path, settings)[:generations]
+    if history:
+        parent = tuple(history[-1]["genome"])
+    else:
         parent = _first(space, start, fitness, stages[0].sequences, pool, starts, seed)
     options = {"desc": "search", "unit": "generation", "disable": None if progress is None else not progress}
     with tqdm(total=generations, initial=len(history), **options) as bar:
@@ -145,7 +147,7 @@ def search(
             rng = np.random.default_rng([seed, 1 + len(history)])
             parent, record = _generation(rng, space, parent, fitness, stages, pool, offspring, moves)
             history.append(record)
-            _save(path, settings, parent, history)
+            _save(path, settings, history)
             bar.set_postfix(fitness=f"{record['fitness']:.4g}", refresh=False)
             bar.update()
     return Found(parent, history)
@@ -195,13 +197,13 @@ def _order(fitness, genomes, sequences):
     return [int(i) for i in np.argsort(values, kind="stable")], [float(value) for value in values]
 
 
-def _load(path, settings):
-    """The parent and the history in a file, or None if there is no file."""
+def _load(path, settings) -> list[dict]:
+    """The history in a file; empty if there is no file."""
     if path is None or not path.exists():
-        return None
+        return []
     try:
         state = json.loads(path.read_text())
-        found, parent, history = state["settings"], tuple(state["genome"]), list(state["history"])
+        found, history = state["settings"], list(state["history"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} is not the state of a search ({error}); remove it to start anew"
@@ -212,18 +214,18 @@ def _load(path, settings):
             f"{str(path)!r} belongs to another search (different: {', '.join(changed) or 'version'}); remove it or "
             "choose another folder"
         )
-    return parent, history
+    return history
 
 
 def _plain(value):
     return json.loads(json.dumps(value))
 
 
-def _save(path, settings, parent, history):
+def _save(path, settings, history):
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"version": _VERSION, "settings": settings, "genome": list(parent), "history": history}
+    state = {"version": _VERSION, "settings": settings, "history": history}
     replacement = path.with_suffix(".tmp")
     replacement.write_text(json.dumps(state))
     replacement.replace(path)  # atomic: a crash must not leave half a state

@@ -46,6 +46,7 @@ from sparsejax.compress.quantise import rtn
 from sparsejax.compress.shrink import CONSUMERS, linear_weights, shrink
 from sparsejax.compress.sparsegpt import sparsegpt
 from sparsejax.models import Transformer
+from sparsejax.models.layers import layer_sizes
 from sparsejax.patterns import Unstructured
 
 # generations (of depth: from k and n), offspring, and (survivors, tokens) of each stage, as published
@@ -96,7 +97,8 @@ def evopress(
       propagate: inputs of a block while levels are made: of "dense" blocks before it, or "pruned" to the uniform level.
       batch: sequences that go through the model at once.
       seed: of the search.
-      folder: holds `search.json`, the state after every generation; the same call goes on from there. None keeps none.
+      folder: holds `search.json`, the state after every generation; a call that differs in `generations` only goes on
+        from there. None keeps none.
 
     The report has "search", "sparsity" (reached: dropped weights over those of the linear layers), "units" {name: level,
     bits, or whether it is dropped}, "fitness" {"start" (all equal; of depth, the first sub-blocks dropped), "found"} on
@@ -104,8 +106,9 @@ def evopress(
 
     Raises:
       ValueError: for an unknown search, fitness or number out of its range; when it runs, for a pattern other than
-        unstructured, a sparsity that the search cannot have, a method that misses the counts, a model other than a
-        `Transformer` for depth, and a `search.json` of another search.
+        unstructured, a sparsity that the search cannot have, a method that misses the counts, for depth a model other
+        than a `Transformer` of dense layers without biases of experts' last layers, and a `search.json` of another
+        search.
     """
     masks_lib.choose("search", search, _DEFAULTS)
     masks_lib.choose("fitness", fitness, LOSSES)
@@ -128,7 +131,7 @@ def evopress(
 
     def run(model, params, tokens, sparsity, pattern=None, *, progress=None) -> Compressed:
         check_pattern("evopress", pattern or "unstructured", (Unstructured,))
-        target = masks_lib.check_sparsity(sparsity or 0.0)
+        target = masks_lib.check_sparsity(0.0 if search == "bits" and sparsity is None else sparsity)
         if search == "bits" and target:
             raise ValueError(
                 f"a search over bits keeps every weight, so its sparsity must be 0, got {sparsity}"
@@ -150,7 +153,7 @@ def evopress(
         rounds = [evolution.Stage(survivors, max(1, n // tokens.shape[1])) for survivors, n in stages]
         settings = {"search": search, "sparsity": target, "fitness": fitness, "top": top}
         if folder is not None:
-            settings["data"] = _digest(params, tokens)
+            settings |= {"model": repr(model), "data": _digest(params, tokens), "levels": problem.digest()}
         found = evolution.search(
             problem.space,
             problem.start,
@@ -263,6 +266,11 @@ class _Layers:
                         "counts over a layer, such as sparsegpt() or wanda(scope='layer')"
                     )
 
+    def digest(self) -> str:
+        """A hash of all levels of all units, whatever made them."""
+        masks = [mask for levels in self.database.bits for mask in levels]
+        return _hash([*self.database.stacks, *masks])
+
     def finish(self, genome):
         """(model, params, masks, report) of a genome."""
         database, index = self.database, np.array(genome) - self.plan.lower
@@ -285,6 +293,10 @@ class _Depth:
     def __init__(self, model, params, sparsity: float):
         if not isinstance(model, Transformer):
             raise ValueError(f"sub-blocks can be dropped from a Transformer only, got {type(model).__name__}")
+        if model.linear is not None:
+            raise ValueError(
+                f"sub-blocks can be dropped from dense layers only, got linear={dict(model.linear)}"
+            )
         self.model, self.params = model, params
         units = [(i, sub) for sub in CONSUMERS for i in range(model.depth) if sub in params[f"block_{i}"]]
         kinds = [list(CONSUMERS).index(sub) for _, sub in units]
@@ -294,6 +306,13 @@ class _Depth:
             raise ValueError(
                 f"sparsity {sparsity} drops no sub-block: there are {int(counts.max())} of a type"
             )
+        for i in range(model.depth):
+            if layer_sizes(model, i)["experts"] and "bias" in params[f"block_{i}"].get("mlp", {}).get(
+                "down", {}
+            ):
+                raise ValueError(
+                    f"block_{i}/mlp/down has a bias for each expert, so that a search over depth cannot drop it"
+                )
         names = tuple(f"block_{i}/{sub}" for i, sub in units)
         self.units = units
         self.space = evolution.Space(names, (0,) * len(units), (1,) * len(units), tuple(kinds))
@@ -302,6 +321,9 @@ class _Depth:
             math.ceil(k * (n - k) / 1.5) for n, k in zip(counts.tolist(), gone, strict=True)
         )
         self.assemble = jax.tree_util.Partial(partial(_silenced, tuple(units)), params)
+
+    def digest(self) -> None:
+        """Nothing: there is one way to drop a sub-block."""
 
     def finish(self, genome):
         """(model, params, masks, report) of a genome."""
@@ -328,8 +350,12 @@ def _silenced(units, params, genome):
 
 def _digest(params, tokens) -> str:
     """A hash of the model and the data, which a search that goes on must share."""
-    found = hashlib.sha256(np.ascontiguousarray(tokens).tobytes())
-    for name, leaf in masks_lib.flatten(params).items():
-        found.update(name.encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
+    leaves = masks_lib.flatten(params)
+    return _hash([tokens, *leaves.values()], " ".join(leaves))
+
+
+def _hash(arrays, text: str = "") -> str:
+    found = hashlib.sha256(text.encode())
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).view(np.uint8).data)
     return found.hexdigest()

@@ -28,7 +28,8 @@ import optax
 from jax import lax
 
 from sparsejax.compress.base import Layerwise, masked
-from sparsejax.compress.codebook import Codebook, dense, kmeans
+from sparsejax.compress.codebook import Codebook, check_kernel, dense, kmeans
+from sparsejax.compress.quantise import check_dense
 
 
 class Mapped(NamedTuple):
@@ -61,21 +62,19 @@ def jlcm(
       codewords, groups, steps, mapping_rate, value_rate: as in `learn`.
 
     Raises:
-      ValueError: when it prunes, for a sparsity without `initial`, or as `learn`.
+      ValueError: for a number out of its range; when it prunes, for a sparsity without `initial`, or as `learn`.
     """
-
+    _check(codewords, groups, steps, mapping_rate, value_rate)
     options = {"codewords": codewords, "groups": groups, "steps": steps}
     options |= {"mapping_rate": mapping_rate, "value_rate": value_rate}
 
     def prune(kernel, stats, sparsity, pattern="unstructured"):
         mask = jnp.ones(kernel.shape, bool)
         start = kernel
-        if initial is not None:
+        if initial is None:
+            check_dense("jlcm", sparsity, pattern)
+        else:
             start, mask = initial.prune(kernel, stats, sparsity, pattern)
-        elif sparsity:
-            raise ValueError(
-                f"jlcm without an initial method prunes nothing, so sparsity must be 0, got {sparsity}"
-            )
         found = learn(kernel, stats["gram"], mask, start=start, **options)
         return masked(restore(found), mask), mask
 
@@ -102,6 +101,9 @@ def learn(
 ) -> Mapped:
     """Codebooks and mappings of one kernel.
 
+    Scores, their gradient and Adam's moments, float32 `(in, out, codewords)` each, set the memory: about
+    24 in out codewords bytes.
+
     Args:
       kernel: `(in, out)`, whose outputs are the goal.
       gram: X^T X / n, `(in, in)`.
@@ -109,13 +111,18 @@ def learn(
       start: the kernel that k-means is made on; None for `kernel`.
       codewords: values of a codebook.
       groups: of outputs; they divide them.
-      steps: of Adam.
+      steps: of Adam; 0 leaves k-means.
       mapping_rate: of the scores, which are in units of squared distances of neighbours.
       value_rate: of the values, in distances of neighbours.
 
     Raises:
-      ValueError: as `sparsejax.compress.codebook.kmeans`.
+      ValueError: for a number out of its range, groups that do not divide the outputs, and as
+        `sparsejax.compress.codebook.kmeans`.
     """
+    _check(codewords, groups, steps, mapping_rate, value_rate)
+    check_kernel(kernel)
+    if kernel.shape[1] % groups:
+        raise ValueError(f"groups={groups} of jlcm do not divide the {kernel.shape[1]} outputs of the kernel")
     mask = jnp.ones(kernel.shape, bool) if mask is None else mask
     start = masked(kernel if start is None else start, mask)
     count = jnp.maximum(jnp.sum(mask, axis=0), 1)
@@ -124,6 +131,15 @@ def learn(
     codebook = kmeans(start, mask, codewords=codewords, books=groups)
     codebook, errors = _learn(kernel, start, gram, mask, codebook, steps, mapping_rate, value_rate)
     return Mapped(order, codebook, errors)
+
+
+def _check(codewords, groups, steps, mapping_rate, value_rate) -> None:
+    for name, value, least in (("codewords", codewords, 1), ("groups", groups, 1), ("steps", steps, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} of jlcm must be an integer of at least {least}, got {value!r}")
+    for name, value in (("mapping_rate", mapping_rate), ("value_rate", value_rate)):
+        if not value >= 0:
+            raise ValueError(f"{name} of jlcm must be at least 0, got {value!r}")
 
 
 def restore(mapped: Mapped):

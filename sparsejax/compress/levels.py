@@ -1,6 +1,6 @@
 """A database of every layer compressed to several levels, models stitched from it, and what a model loses.
 
-A *unit* is one matrix `(in, out)`: a linear kernel, or one expert of an expert kernel. Units of equal shape lie in
+A *unit* is one matrix `(in, out)`: a linear kernel, or one expert of an expert kernel. Units of equal shape and dtype lie in
 one array `(units, levels, in, out)`, so that a stitched model is one gather per kernel with a traced index: all
 genomes of a search share one compiled evaluation.
 
@@ -22,6 +22,7 @@ from sparsejax import masks as masks_lib
 from sparsejax.compress.base import Layerwise
 from sparsejax.compress.calibration import prune_layers
 from sparsejax.compress.stream import Stream
+from sparsejax.compress.topkld import divergence
 
 LOSSES = ("kl", "loss")
 
@@ -40,7 +41,7 @@ class Unit(NamedTuple):
 
 
 class Database(NamedTuple):
-    """stacks: an array `(units, levels, in, out)` per shape; units: all of them; dropped: int `(units, levels)`, how
+    """stacks: an array `(units, levels, in, out)` per shape and dtype; units: all of them; dropped: int `(units, levels)`, how
     many weights the mask of each drops; bits: per unit and level the mask, packed to uint8 on the host."""
 
     stacks: list[Any]
@@ -54,12 +55,14 @@ def find_units(model, params: Mapping, tokens) -> tuple[tuple[Unit, ...], list[t
     stream = Stream(model, params, np.asarray(tokens)[:1])
     units, counts = [], {}
     for block in stream.blocks:
+        leaves = masks_lib.flatten(params[block])
         for name, layer in stream.layers[block].items():
+            kind = (layer.shape[-2:], leaves[name].dtype)
             for expert in range(layer.shape[0]) if len(layer.shape) == 3 else (None,):
-                row = counts.setdefault(layer.shape[-2:], 0)
-                units.append(Unit(f"{block}/{name}", expert, list(counts).index(layer.shape[-2:]), row))
-                counts[layer.shape[-2:]] += 1
-    return tuple(units), [(count, *shape) for shape, count in counts.items()]
+                row = counts.setdefault(kind, 0)
+                units.append(Unit(f"{block}/{name}", expert, list(counts).index(kind), row))
+                counts[kind] += 1
+    return tuple(units), [(count, *shape) for (shape, _), count in counts.items()]
 
 
 def build(
@@ -85,8 +88,9 @@ def build(
     """
     units, shapes = find_units(model, params, tokens)
     number = len(variants(shapes[0][1:]))
-    dtype = np.asarray(masks_lib.flatten(params)[units[0].leaf]).dtype
-    stacks = [np.zeros((shape[0], number, *shape[1:]), dtype) for shape in shapes]
+    leaves = masks_lib.flatten(params)
+    dtypes = {unit.stack: leaves[unit.leaf].dtype for unit in units}
+    stacks = [np.zeros((shape[0], number, *shape[1:]), dtypes[i]) for i, shape in enumerate(shapes)]
     zeros, bits = np.zeros((len(units), number), np.int64), [[] for _ in units]
     waiting = iter(enumerate(units))  # `prune_layers` takes layers and experts in the same order
 
@@ -226,7 +230,7 @@ def _loss(assemble, genome, tokens, reference, weights, model):
         chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)
         return -jnp.sum(jnp.mean(chosen[..., 0], axis=1) * weights)
     values, index, others = reference
-    kl = jnp.sum(jnp.exp(values) * (values - jnp.take_along_axis(logits, index, axis=-1)), axis=-1)
+    kl = divergence(values, jnp.take_along_axis(logits, index, axis=-1))
     if others is not None:
-        kl += jnp.exp(others) * (others - _others(logits, index))
+        kl += divergence(others[..., None], _others(logits, index)[..., None])
     return jnp.sum(jnp.mean(kl, axis=1) * weights)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsejax.compress.base import Layerwise
+from sparsejax.compress.base import Layerwise, layer_budget
 
 MAX_BITS = 16
 
@@ -56,6 +56,15 @@ def check(kernel, bits: int, group: int, name: str = "the kernel") -> None:
     if isinstance(group, bool) or not isinstance(group, int) or group < 1 or kernel.shape[0] % group:
         raise ValueError(
             f"groups of {group!r} inputs do not divide the {kernel.shape[0]} inputs of {name}; group must be a divisor"
+        )
+
+
+def check_dense(name: str, sparsity: float | None, pattern) -> None:
+    """Raises ValueError unless the budget of a method that keeps every weight is sparsity 0."""
+    sparsity, _ = layer_budget(name, sparsity, pattern)
+    if sparsity:
+        raise ValueError(
+            f"{name} without an initial method prunes nothing, so sparsity must be 0, got {sparsity:g}"
         )
 
 
@@ -162,12 +171,10 @@ def rtn(initial: Layerwise | None = None, *, bits: int = 4, group: int = 16) -> 
 
     def prune(kernel, stats, sparsity, pattern):
         mask = None
-        if initial is not None:
+        if initial is None:
+            check_dense("rtn", sparsity, pattern)
+        else:
             kernel, mask = initial.prune(kernel, stats, sparsity, pattern)
-        elif sparsity:
-            raise ValueError(
-                f"rtn without an initial method prunes nothing, so sparsity must be 0, got {sparsity}"
-            )
         quantised = round_to_nearest(kernel, mask, bits=bits, group=group)
         return dense(quantised), quantised.mask
 

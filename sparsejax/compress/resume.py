@@ -18,6 +18,7 @@ import safetensors.numpy
 
 from sparsejax.masks import flatten
 
+STATE = "resume.json"
 VERSION = 2
 _SHORT = 100  # characters of values that fit into a sentence
 
@@ -58,7 +59,7 @@ class Resume:
         self._tidy()
 
     def _state(self) -> dict:
-        path = self.folder / "resume.json"
+        path = self.folder / STATE
         if not path.exists():
             return {"done": 0}
         state = json.loads(path.read_text())
@@ -100,9 +101,9 @@ class Resume:
         self._save(self._file(name), flatten(tree), metadata)
         self._save(self._hidden(self.done + 1), {"hidden": hidden}, {})
         self.done += 1
-        temporary = self.folder / "resume.json.part"
+        temporary = self.folder / f"{STATE}.part"
         temporary.write_text(json.dumps({"done": self.done, "call": self.call}))
-        _publish(temporary, self.folder / "resume.json")
+        _publish(temporary, self.folder / STATE)
         self._tidy()
 
     def _tidy(self) -> None:

@@ -6,15 +6,15 @@ number of calibration tokens that are routed to both e and f, experts of a layer
     d_ef = coactivation (-C_ef / mean of C over pairs) + router ||R_e - R_f||_2.
 
 Pairs of all layers, nearest first, merge the clusters of their experts if d < tau for all pairs of the two clusters
-(complete linkage); tau is the smallest distance for which at most the wanted number of clusters is left, and merging
+(complete linkage); tau is the smallest for which at most the wanted number of clusters is left, and merging
 ends when exactly that many are. Of a cluster the expert stays whose weights are nearest to the cluster's mean, with its
 router weights; in a layer of at most `average` clusters, the mean of weights and router takes its place. What is
 missing to the total sparsity is then pruned from the remaining layers by a layer-wise method.
 
 Departures: the released code checks one expert's distances to the other cluster before a merge; here all pairs are
 checked, so that every cluster really is complete. It doubles and halves tau until the number of clusters fits, which
-may never happen (distances tie, and one merge can prevent others); here tau is searched among the distances. The
-default of the second step counts weights over a layer, because counts per output cannot meet a total exactly.
+may never happen (distances tie, and one merge can prevent others); here every distance is tried, layer by layer, which
+takes E^4 / 4 steps for E experts. The default of the second step counts weights over a layer, because counts per output cannot meet a total exactly.
 """
 
 import math
@@ -67,7 +67,8 @@ def stun(
     "averaged"}}.
 
     Raises:
-      ValueError: for a number out of its range; when it runs, for a model that is no `Transformer` with experts, more
+      ValueError: for a number out of its range; when it runs, for a model that is no `Transformer` with experts,
+        `coactivation` in one whose tokens go through a single expert, more
         experts than can go (a layer keeps as many as a token goes through), a sparsity below what the experts take
         away, and as `prune_layers`.
     """
@@ -92,6 +93,11 @@ def stun(
             report = {"method": method.name, "sparsity": 0.0, "experts": {}, "layers": {}}
             return Compressed(model, params, masks_lib.dense_masks(params), report)
         blocks = _expert_blocks(model)
+        if coactivation and model.experts_per_token < 2:
+            raise ValueError(
+                f"no two experts share a token with experts_per_token={model.experts_per_token}, so that stun needs "
+                f"coactivation=0.0 and router=1.0, got coactivation={coactivation} and router={router}"
+            )
         counts = coactivations(model, params, tokens, batch, progress) if coactivation else {}
         spaces = [distances(_router(params, i), counts.get(i), coactivation, router) for i in blocks]
         total = sum(map(len, spaces))
@@ -186,15 +192,22 @@ def find_clusters(spaces: Sequence[np.ndarray], target: int, least: int = 1) -> 
         raise ValueError(
             f"{target} experts cannot be kept: {len(spaces)} layers need {least} each, {needed} in all"
         )
-    pairs = [np.triu_indices(len(space), 1) for space in spaces]
-    values = np.unique(np.concatenate([space[pair] for space, pair in zip(spaces, pairs, strict=True)]))
-    taus = [*values, np.inf]
-    low, high = 0, len(taus) - 1  # at taus[0] nothing merges
-    while low < high:
-        middle = (low + high) // 2
-        enough = sum(map(len, cluster(spaces, taus[middle], target, least))) <= target
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return cluster(spaces, taus[high], target, least)
+    events, total = [], sum(map(len, spaces))
+    for space in spaces:
+        values = np.unique(space[np.triu_indices(len(space), 1)])
+        counts = [len(space), *(len(cluster([space], _above(value), 0, least)[0]) for value in values)]
+        events += zip(values, np.diff(counts), strict=True)
+    tau = -np.inf
+    for value, change in sorted(events):  # a larger tau may also leave more clusters, so that all are tried
+        if total <= target and value >= tau:
+            break
+        tau, total = _above(value), total + change
+    return cluster(spaces, tau, target, least)
+
+
+def _above(value):
+    """The smallest tau with which pairs at this distance merge."""
+    return np.nextafter(value, np.inf)
 
 
 def cluster(spaces: Sequence[np.ndarray], tau: float, target: int = 0, least: int = 1) -> Clusters:

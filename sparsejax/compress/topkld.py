@@ -23,7 +23,8 @@ import jax.numpy as jnp
 def topkld(*, k: int = 10, balance: float = 0.5, temperature: float = 1.0) -> Callable:
     """The loss `f(teacher_logits, student_logits)`, which is no target of gradients with respect to the teacher.
 
-    Both logits are `(..., classes)`; the loss is float32 `(...)`, in nats.
+    Both logits are `(..., classes)`; the loss is float32 `(...)`, in nats. Classes whose teacher logit is -inf do not
+    count; a student that excludes one which the teacher does not has an infinite loss.
 
     Args:
       k: how many of the teacher's classes are explicit; ties go to the lowest class.
@@ -60,6 +61,12 @@ def topkld(*, k: int = 10, balance: float = 0.5, temperature: float = 1.0) -> Ca
 
 
 def _divergence(teacher, student):
-    """KL between the softmaxes of logits over the last axis."""
-    p, q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    """KL between the softmaxes of logits over the last axis; classes of teacher logit -inf do not count."""
+    return divergence(jax.nn.log_softmax(teacher), jax.nn.log_softmax(student))
+
+
+def divergence(log_p, log_q):
+    """sum of p (log p - log q) over the last axis, where outcomes with p = 0 give 0, also to gradients."""
+    possible = log_p > -jnp.inf
+    log_p, log_q = (jnp.where(possible, x, 0.0) for x in (log_p, log_q))
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * (log_p - log_q), 0.0), axis=-1)

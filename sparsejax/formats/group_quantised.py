@@ -11,6 +11,8 @@ The format does not hold any weights, only such; it is what GQSA (Zeng et al. 20
 groups, whatever output they are of, into chunks of one size, so that outputs with many groups hold up no others.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -64,7 +66,8 @@ class GroupQuantisedArray(Packed):
           name: what errors call the weight.
 
         Raises:
-          ValueError: under `jax.jit`; for codes that 4 bits do not hold, or shapes that do not fit with an even G.
+          ValueError: under `jax.jit`; for codes that are no integers or that 4 bits do not hold, or shapes that do not
+            fit with an even G.
         """
         if is_traced(codes, scale, zero, keep):
             raise ValueError(
@@ -79,6 +82,8 @@ class GroupQuantisedArray(Packed):
             )
         for field, array in (("scale", scale), ("zero", zero), ("keep", keep)):
             expect(name, field, array, (rows, codes.shape[1]))
+        if not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"codes of {name} must be integers, got {codes.dtype}")
         if codes.size and not 0 <= codes.min() <= codes.max() <= 15:
             raise ValueError(
                 f"codes of {name} must be 0 ... 15, but range from {codes.min()} to {codes.max()}"
@@ -148,7 +153,7 @@ def group_quantised_matmul(x, w: GroupQuantisedArray, *, chunk: int = CHUNK):
     Args:
       x: `(..., in)`.
       w: the kernel.
-      chunk: groups that are unpacked at once; their products take chunk x batch numbers.
+      chunk: groups that are unpacked at once; their inputs take chunk x G x batch numbers, their products chunk x batch.
 
     Returns:
       `(..., out)` of the dtype that x and the scales promote to; sums are in float32 at least.
@@ -156,10 +161,11 @@ def group_quantised_matmul(x, w: GroupQuantisedArray, *, chunk: int = CHUNK):
     dtype = jnp.promote_types(x.dtype, w.dtype)
     exact = jnp.promote_types(dtype, jnp.float32)
     stored, outputs = len(w.groups), w.shape[1]
-    y = jnp.zeros((outputs, x.size // x.shape[-1]), exact)
+    y = jnp.zeros((outputs, math.prod(x.shape[:-1])), exact)
     if stored:
         chunk = min(chunk, stored)
-        inputs = x.reshape(-1, w.shape[0]).T.reshape(-1, w.group, y.shape[1]).astype(exact)
+        inputs = x.reshape(y.shape[1], w.shape[0]).T.astype(exact)
+        inputs = inputs.reshape(w.shape[0] // w.group, w.group, y.shape[1])
         leaves = (w.scales, w.zeros, w.codes, w.groups.astype(jnp.int32), w._outputs())
         pads = (0, 0, 0, 0, outputs - 1)  # groups of scale 0, which keep the outputs sorted
         leaves = [_chunks(leaf, chunk, pad) for leaf, pad in zip(leaves, pads, strict=True)]

@@ -227,9 +227,7 @@ class Writer:
         self._flush()
         self._name_files()
         _write_json(self._partial / "config.json", self._describe(self._dtype))
-        for path in self._copied:
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, self._partial / path.name)
+        _copy(self._copied, self._partial)
         if self._card is not None:
             (self._partial / "README.md").write_text(self._card, encoding="utf-8")
 
@@ -259,6 +257,17 @@ def _dense(subtree) -> dict[str, Any]:
 def join(part: str, path: str) -> str:
     """The path of a leaf in the whole tree; a part that is a leaf itself has the path ""."""
     return f"{part}/{path}" if path else part
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what a folder says about its texts, images, pooling and terms of use; errors as `writer`."""
+    _copy(_small_files(source), folder)
+
+
+def _copy(paths: list[Path], folder: Path) -> None:
+    for path in paths:
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        copy(path, folder / path.name)
 
 
 def _small_files(source: Path) -> list[Path]:

@@ -81,3 +81,13 @@ def test_bad_input(settings, message):
         kmeans(KERNEL, **settings)
     with pytest.raises(ValueError, match="cannot leave out single weights"):
         kmeans(KERNEL, KERNEL > 0, codewords=2, dim=2)
+    with pytest.raises(ValueError, match=r"the kernel has shape \(2, 12, 6\)"):
+        kmeans(jnp.zeros((2, 12, 6)), codewords=2)
+
+
+def test_empty_books_and_fewer_kept_weights_than_codewords():
+    mask = np.zeros((12, 6), bool)
+    mask[:2, 3] = True  # the first book is empty, the second has two weights for four codewords
+    book = kmeans(KERNEL, jnp.asarray(mask), codewords=4, books=2)
+    assert np.all(np.isfinite(book.values))
+    np.testing.assert_allclose(np.asarray(dense(book))[mask], np.asarray(KERNEL)[mask], atol=1e-6)

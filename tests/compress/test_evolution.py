@@ -157,6 +157,7 @@ def test_a_search_goes_on_from_its_file(tmp_path):
     assert json.loads(path.read_text())["history"] == whole.history[:4]
     assert run(9, path) == whole
     assert run(9, path) == whole  # nothing left to do
+    assert run(4, path) == run(4)  # and what it was before
     assert [file.name for file in path.parent.iterdir()] == ["search.json"]
 
 

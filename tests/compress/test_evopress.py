@@ -204,8 +204,44 @@ def test_a_search_goes_on_from_its_folder(dense, tmp_path):
     again = run(4, tmp_path)
     assert again.report == whole.report
     chex.assert_trees_all_equal(again.params, whole.params)
-    with pytest.raises(ValueError, match=r"belongs to another search \(different: data\)"):
-        evopress(magnitude(scope="layer"), **SHORT, levels=2, folder=tmp_path).run(*dense, TOKENS[::-1], 0.5)
+    model, params = dense
+    for name, method, other, tokens in (
+        ("data", magnitude(scope="layer"), model, TOKENS[::-1]),
+        ("levels", wanda(scope="layer"), model, TOKENS),
+        ("model", magnitude(scope="layer"), model.clone(epsilon=1e-5), TOKENS),
+    ):
+        with pytest.raises(ValueError, match=rf"belongs to another search \(different: {name}\)"):
+            evopress(method, **SHORT, levels=2, folder=tmp_path).run(other, params, tokens, 0.5)
+
+
+def test_levels_behind_the_uniform_level(dense):
+    """With propagate="pruned" the inputs of the second block come from the first at the middle level."""
+    model, params = dense
+    method, options = wanda(scope="layer"), {"levels": 1, **SHORT, "generations": 0}
+    found, plain = (
+        evopress(method, propagate=how, **options).run(model, params, TOKENS, 0.5)
+        for how in ("pruned", "dense")
+    )
+    expected = prune_layers(method, model, params, TOKENS, 0.5, propagate="pruned")
+    chex.assert_trees_all_equal(found.params, expected.params)
+    second = "block_1/mlp/down/kernel"
+    assert np.any(flatten(plain.params)[second] != flatten(expected.params)[second])
+
+
+def test_kernels_of_other_dtypes_keep_them(dense):
+    model, params = dense
+    params = map_with_name(lambda name, x: x.astype(jnp.bfloat16) if "query/kernel" in name else x, params)
+    options = {**SHORT, "generations": 0, "levels": 1}
+    found = evopress(magnitude(scope="layer"), **options).run(model, params, TOKENS, 0.5)
+    assert jax.tree.map(lambda x: x.dtype, found.params) == jax.tree.map(lambda x: x.dtype, params)
+
+
+def test_a_vocabulary_that_is_padded():
+    """A head that excludes tokens has no part of the divergence."""
+    model, params = model_of(head_bias=True)
+    params["head"]["bias"] = params["head"]["bias"].at[9:].set(-jnp.inf)
+    found = both((model, params), jax.tree.map(lambda x: x * 0.8, params))
+    assert np.all(np.isfinite(found)) and found[1] > 0.01
 
 
 @pytest.mark.parametrize("search", ["sparsity", "depth"])
@@ -234,6 +270,7 @@ def test_sparsity_zero_leaves_the_model_as_it_is(dense, search):
         ({"method": None, "search": "bits"}, 0.5, None, "its sparsity must be 0, got 0.5"),
         ({}, 0.5, "2:4", "evopress cannot do the pattern 2:4"),
         ({}, 1.0, None, "sparsity"),
+        ({}, None, None, r"sparsity must be in \[0, 1\), got None"),
         ({"levels": 200}, 0.5, None, "move no weight of a layer of 256 weights"),
         ({"method": None, "search": "depth"}, 0.3, None, "drops no sub-block: there are 2 of a type"),
         ({"stages": ((2, 16),), "levels": 2}, 0.5, None, "must keep 1 survivor"),
@@ -253,6 +290,12 @@ def test_depth_needs_a_transformer():
 
     with pytest.raises(ValueError, match="from a Transformer only, got Other"):
         evopress(search="depth").run(Other(3), {}, TOKENS, 0.5)
+
+
+def test_depth_cannot_drop_experts_with_biases():
+    model, params = model_of(experts=2)
+    with pytest.raises(ValueError, match="block_0/mlp/down has a bias for each expert"):
+        evopress(search="depth").run(model, params, TOKENS, 0.5)
 
 
 @pytest.mark.slow

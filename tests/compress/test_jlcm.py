@@ -67,10 +67,17 @@ def test_a_mask_stays_and_does_not_count():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="jlcm without an initial method prunes nothing, .* got 0.5"):
-        jlcm().prune(KERNEL, {"gram": GRAM}, 0.5)
-    with pytest.raises(ValueError, match="books=3 the outputs of a kernel of shape"):
+    for sparsity, pattern in ((0.5, "unstructured"), (None, "2:4")):
+        with pytest.raises(ValueError, match="jlcm without an initial method prunes nothing, .* got 0.5"):
+            jlcm().prune(KERNEL, {"gram": GRAM}, sparsity, pattern)
+    with pytest.raises(ValueError, match="groups=3 of jlcm do not divide the 8 outputs of the kernel"):
         learn(KERNEL, GRAM, groups=3)
+    with pytest.raises(ValueError, match="steps of jlcm must be an integer of at least 0, got -1"):
+        jlcm(steps=-1)
+    with pytest.raises(ValueError, match="value_rate of jlcm must be at least 0, got -0.5"):
+        jlcm(value_rate=-0.5)
+    with pytest.raises(ValueError, match=r"the kernel has shape \(2, 16, 8\)"):
+        learn(jnp.zeros((2, 16, 8)), GRAM)
 
 
 def test_jit():

@@ -135,5 +135,6 @@ def test_bad_input():
         fit(KERNEL, group=5)
     with pytest.raises(ValueError, match=r"the kernel has shape \(3, 32, 6\)"):
         fit(jnp.zeros((3, 32, 6)))
-    with pytest.raises(ValueError, match="prunes nothing, so sparsity must be 0, got 0.5"):
-        rtn().prune(KERNEL, {}, 0.5, "unstructured")
+    for sparsity, pattern in ((0.5, "unstructured"), (None, "2:4"), (0.5, "2:4")):
+        with pytest.raises(ValueError, match="prunes nothing, so sparsity must be 0, got 0.5"):
+            rtn().prune(KERNEL, {}, sparsity, pattern)

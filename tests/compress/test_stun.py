@@ -123,6 +123,16 @@ def test_the_search_of_tau_meets_every_target(ties):
         find_clusters(spaces, 5, least=2)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_tau_is_the_smallest_that_leaves_few_enough(seed):
+    rng = np.random.default_rng(seed)
+    spaces = [np.round(symmetric(rng, 6), 1) for _ in range(2)]
+    distances = np.unique(np.concatenate([space[np.triu_indices(6, 1)] for space in spaces]))
+    for target in range(2, 13):
+        fits = [tau for tau in (*distances, np.inf) if sum(map(len, cluster(spaces, tau))) <= target]
+        assert find_clusters(spaces, target) == cluster(spaces, fits[0], target)
+
+
 def duplicated(params, source, copy):
     """Expert `copy` of the first block as a copy of `source`, with its router column."""
     mlp = {
@@ -247,9 +257,18 @@ def test_identity_and_determinism(dense):
         ({}, 0.5, "block:2x2", "stun cannot do the pattern block:2x2"),
         ({"experts": 0.9}, 0.95, None, "2 experts cannot be kept: 2 layers need 2 each, 4 in all"),
         ({"experts": 0.5}, 0.1, None, "remove fewer experts"),
+        (
+            {"single": True},
+            0.5,
+            None,
+            "no two experts share a token with experts_per_token=1, .* coactivation=0.0",
+        ),
     ],
 )
 def test_bad_input(dense, keywords, sparsity, pattern, message):
+    keywords = dict(keywords)
+    if keywords.pop("single", False):
+        dense = (dense[0].clone(experts_per_token=1), dense[1])
     with pytest.raises(ValueError, match=message):
         stun(**keywords).run(*dense, TOKENS, sparsity, pattern)
 

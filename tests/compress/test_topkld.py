@@ -44,6 +44,21 @@ def test_limits():
     np.testing.assert_allclose(topkld(k=3)(TEACHER, TEACHER + 2.0), 0, atol=1e-6)
 
 
+def test_classes_that_the_teacher_excludes_do_not_count():
+    masked = np.concatenate([TEACHER, np.full((2, 5, 2), -np.inf)], -1)
+    for student in (
+        np.concatenate([STUDENT, np.full((2, 5, 2), -np.inf)], -1),
+        np.pad(STUDENT, [(0, 0)] * 2 + [(0, 2)]),
+    ):
+        for k in (3, 9):
+            loss, gradient = jax.value_and_grad(lambda x, k=k: topkld(k=k)(masked, x).sum())(
+                jnp.asarray(student)
+            )  # noqa: B023
+            assert np.isfinite(loss) and np.all(np.isfinite(gradient))
+    excluded = np.concatenate([STUDENT, np.full((2, 5, 2), -np.inf)], -1)
+    np.testing.assert_allclose(topkld(k=3)(masked, excluded), topkld(k=3)(TEACHER, STUDENT), rtol=1e-5)
+
+
 def test_descent_brings_the_student_to_the_teacher_and_leaves_the_teacher_alone():
     loss = topkld(k=2)
 

@@ -77,6 +77,7 @@ def test_empty_arrays_and_gradients():
     x = RNG.normal(size=(3, 24)).astype(np.float32)
     np.testing.assert_array_equal(formats.matmul(x, empty), np.zeros((3, 10)))
     array = GroupQuantisedArray.from_codes(codes, scale, zero, keep)
+    assert formats.matmul(x[:0], array).shape == (0, 10)
     weights = RNG.normal(size=(3, 10)).astype(np.float32)
 
     def total(x, scales, matmul):
@@ -108,6 +109,8 @@ def test_bad_input():
     codes, scale, zero, keep = parts()
     with pytest.raises(ValueError, match="codes of w must be 0 ... 15, but range from 0 to 16"):
         GroupQuantisedArray.from_codes(np.where(codes == codes.max(), 16, codes), scale, zero, keep, name="w")
+    with pytest.raises(ValueError, match="codes of w must be integers, got float64"):
+        GroupQuantisedArray.from_codes(codes + 0.5, scale, zero, keep, name="w")
     with pytest.raises(ValueError, match="8 groups do not divide the inputs .* into groups of even size"):
         GroupQuantisedArray.from_codes(codes, np.repeat(scale, 2, 0)[:8], zero, np.ones((8, 10), bool))
     with pytest.raises(ValueError, match=r"zero of weight must have shape \(6, 10\)"):
