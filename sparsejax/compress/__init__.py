@@ -21,7 +21,7 @@ from sparsejax.compress.least_squares import least_squares, masked_least_squares
 from sparsejax.compress.magnitude import magnitude
 from sparsejax.compress.owl import owl
 from sparsejax.compress.pat import pat
-from sparsejax.compress.pv_tuning import pv_tuning
+from sparsejax.compress.pv_tuning import pv_optimizer, pv_tuning
 from sparsejax.compress.quantise import rtn
 from sparsejax.compress.slicegpt import slicegpt
 from sparsejax.compress.sparsegpt import sparsegpt
@@ -47,6 +47,7 @@ METHODS = {
     "magnitude": magnitude,
     "magnitude_sp": magnitude_sp,
     "pat": pat,
+    "pv_tuning": pv_tuning,
     "random_sp": random_sp,
     "rtn": rtn,
     "slicegpt": slicegpt,
@@ -67,19 +68,32 @@ def build(name: str, **keywords) -> Layerwise | Whole:
         `build("dsnot", initial="sparsegpt")`.
 
     Raises:
-      ValueError: for an unknown name or keyword.
+      ValueError: for an unknown name or keyword, a value that its factory cannot take, and for a method to build on that
+        has no name or is not layer-wise.
     """
     factory = choose("method", name, METHODS)
     known = inspect.signature(factory).parameters
     for key in keywords:
         choose(f"keyword of method {name!r}:", key, known)
-    return factory(**{key: _method(value) if key in BASES else value for key, value in keywords.items()})
+    values = {key: _base(name, key, value) if key in BASES else value for key, value in keywords.items()}
+    try:
+        return factory(**values)
+    except TypeError as error:
+        raise ValueError(f"method {name!r} cannot take {keywords} ({error})") from error
 
 
-def _method(value):
+def _base(name: str, key: str, value):
+    """The method that the one called `name` builds on."""
     if isinstance(value, str):
-        return build(value)
-    return build(**value) if isinstance(value, Mapping) else value
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        return value
+    if "name" not in value:
+        raise ValueError(f"{key} of method {name!r} must have the name of a method, got {dict(value)}")
+    found = build(**value)
+    if not isinstance(found, Layerwise):
+        raise ValueError(f"{key} of method {name!r} must be a layer-wise method, got {value['name']!r}")
+    return found
 
 
 __all__ = [
@@ -106,6 +120,7 @@ __all__ = [
     "pat",
     "perplexity",
     "prune_layers",
+    "pv_optimizer",
     "pv_tuning",
     "random_sp",
     "rtn",

@@ -66,17 +66,10 @@ def kmeans(
       ValueError: for a kernel of other than two axes; for numbers below 1, or that do not divide the kernel, or more
         codewords than vectors; for a mask with dim above 1.
     """
-    check_kernel(kernel)
-    inputs, outputs = kernel.shape
-    if min(codewords, dim, books) < 1 or inputs % dim or outputs % books:
-        raise ValueError(
-            f"a codebook needs dim={dim} to divide the inputs and books={books} the outputs of a kernel of shape "
-            f"{kernel.shape}, and at least one codeword, got {codewords}"
-        )
+    check(kernel.shape, codewords, dim, books)
+    outputs = kernel.shape[1]
     vectors = split(kernel, dim).reshape(-1, books, outputs // books, dim).swapaxes(0, 1)
     vectors = vectors.reshape(books, -1, dim).astype(jnp.float32)
-    if codewords > vectors.shape[1]:
-        raise ValueError(f"{codewords} codewords are more than the {vectors.shape[1]} vectors of a book")
     if mask is not None and dim > 1:
         raise ValueError(f"a codebook of vectors (dim={dim}) cannot leave out single weights")
     weights = jnp.ones(vectors.shape[:2], jnp.int32) if mask is None else _by_book(mask, books)
@@ -84,10 +77,18 @@ def kmeans(
     return Codebook(values, nearest(values, kernel))
 
 
-def check_kernel(kernel) -> None:
-    """Raises ValueError unless the kernel has two axes."""
-    if kernel.ndim != 2:
-        raise ValueError(f"only kernels (in, out) have a codebook, but the kernel has shape {kernel.shape}")
+def check(shape, codewords: int, dim: int = 1, books: int = 1, name: str = "the kernel") -> None:
+    """Raises ValueError unless a kernel of this shape can have such codebooks, see `kmeans`."""
+    if len(shape) != 2:
+        raise ValueError(f"only kernels (in, out) have codebooks, but {name} has shape {tuple(shape)}")
+    if min(codewords, dim, books) < 1 or shape[0] % dim or shape[1] % books:
+        raise ValueError(
+            f"a codebook needs dim={dim} to divide the inputs and books={books} the outputs of {name} of shape "
+            f"{tuple(shape)}, and at least one codeword, got {codewords}"
+        )
+    vectors = shape[0] * shape[1] // (dim * books)
+    if codewords > vectors:
+        raise ValueError(f"{codewords} codewords are more than the {vectors} vectors of a book of {name}")
 
 
 def insert(params, codebooks: Mapping[str, Codebook]):

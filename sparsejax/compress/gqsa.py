@@ -7,7 +7,8 @@ lowest `sparsity` of the groups are dropped. The others have a scale and a zero 
   stage 1, BQPO     block by block, on the outputs of the compressed blocks before: minimises the mean of
                     (block_dense(x) - block_quantised(x))^2 over the kept weights, their scales and zeros; rounding is
                     straight-through, the mask is fixed
-  stage 2, E2E-OQP  codes and masks are fixed; scales and zeros are trained on the language-model loss
+  stage 2, E2E-OQP  codes and masks are fixed; scales and zeros are trained on the language-model loss, or on the dense
+                    model's predictions (`sparsejax.compress.topkld`)
 
 Both keep their best state at the end of an epoch, the start included, so that neither ends worse than it began.
 
@@ -23,26 +24,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from tqdm import tqdm
 
-from sparsejax.compress.base import (
-    SCOPES,
-    Compressed,
-    Layerwise,
-    Whole,
-    is_traced,
-    layer_budget,
-    masked,
-    select,
-)
+from sparsejax.compress.base import SCOPES, Compressed, Layerwise, Whole, is_traced, masked, select
+from sparsejax.compress.calibration import _naming
 from sparsejax.compress.gqsa_stages import bqpo, e2e_oqp, kernels_of
-from sparsejax.compress.quantise import Quantised
+from sparsejax.compress.objectives import check_distil, objective
+from sparsejax.compress.quantise import Quantised, check, check_bits
 from sparsejax.compress.sparsegpt import inverse_factor
 from sparsejax.compress.stream import Stream
 from sparsejax.formats import GroupQuantisedArray
-from sparsejax.masks import choose, map_with_name
-from sparsejax.patterns import Block, Unstructured
+from sparsejax.masks import check_sparsity, choose, map_with_name
+from sparsejax.patterns import Block, Unstructured, parse
 
 # --- the mask ----------------------------------------------------------------------------------------
 
@@ -57,25 +50,32 @@ def group_pruning(*, scope: str = "layer", damping: float = 0.01) -> Layerwise:
     choose("scope", scope, SCOPES)
 
     def prune(kernel, stats, sparsity, pattern):
-        sparsity, pattern = layer_budget("gqsa", sparsity, pattern, (Block,))
-        fits = len(pattern.shape) == 2 and pattern.shape[1] == 1
-        if fits and sparsity == 0:
+        sparsity, group = _budget("group_pruning", sparsity, pattern)
+        if sparsity == 0:
             return kernel, jnp.ones(kernel.shape, bool)
-        if not fits or kernel.shape[0] % pattern.shape[0]:
+        if kernel.shape[0] % group:
             raise ValueError(
-                f"gqsa drops groups of inputs, pattern block:Gx1 with G a divisor of the {kernel.shape[0]} inputs, got "
-                f"block:{'x'.join(map(str, pattern.shape))}"
+                f"the G of group_pruning's pattern block:Gx1 must divide the {kernel.shape[0]} inputs, got {group}"
             )
         if is_traced(kernel, stats["gram"]):
-            raise ValueError("gqsa factorises on the host, so that its arrays cannot be traced by jax.jit")
-        group = pattern.shape[0]
+            raise ValueError(
+                "group_pruning factorises on the host, so that its arrays cannot be traced by jax.jit"
+            )
         means = saliency(kernel, stats["gram"], damping).reshape(-1, group, kernel.shape[1]).mean(1)
         keep = select(means, sparsity, Unstructured(), scope)
         mask = jnp.repeat(keep, group, axis=0)
         return masked(kernel, mask), mask
 
     settings = {"scope": scope, "damping": damping}
-    return Layerwise("gqsa", ("gram",), prune, (Block,), host=True, settings=settings)
+    return Layerwise("group_pruning", ("gram",), prune, (Block,), host=True, settings=settings)
+
+
+def _budget(name: str, sparsity: float | None, pattern) -> tuple[float, int]:
+    """The sparsity, and the G of a pattern `block:Gx1`, checked."""
+    found = parse(pattern)
+    if not isinstance(found, Block) or len(found.shape) != 2 or found.shape[1] != 1:
+        raise ValueError(f"{name} cannot do the pattern {pattern} (it can do: block:Gx1 such as block:16x1)")
+    return check_sparsity(sparsity), found.shape[0]
 
 
 def saliency(kernel, gram, damping: float = 0.01):
@@ -104,6 +104,7 @@ def gqsa(
     scale_rate: float = 1e-3,
     epochs: int = 1,
     tune_rate: float = 1e-4,
+    distil: Mapping | None = None,
     packed: bool = False,
     batch: int = 8,
     seed: int = 0,
@@ -113,70 +114,99 @@ def gqsa(
     Args:
       bits: of a weight, 1 to 16.
       scope, damping: as in `group_pruning`.
-      block_epochs, weight_rate, scale_rate: of stage 1; 0 epochs leave it out.
-      epochs, tune_rate: of stage 2; its zeros, in units of codes, have ten times the rate of scales.
+      block_epochs, weight_rate, scale_rate: of stage 1; 0 epochs leave it out. Zeros, in units of codes, have ten times
+        the rate of scales.
+      epochs, tune_rate: of stage 2, whose zeros have ten times the rate of scales, too.
+      distil: None: stage 2 is trained on the next token; keywords of `sparsejax.compress.topkld`: on the dense model's
+        predictions.
       packed: whether the parameters have a `GroupQuantisedArray` for every kernel, which models take and
-        `sparsejax.formats.save` writes, or its dense values; needs at most 4 bits.
+        `sparsejax.formats.save` writes, or its dense values; needs at most 4 bits and groups of even size.
       batch: sequences of a batch, in both stages.
       seed: of the order of batches.
 
     Returns:
-      A `Whole`. Its report has "sparsity", "layers" (of each its "sparsity", "density", and after stage 1 the "error"
-      of `sparsejax.compress.prune_layers`), "blocks" ({block: the losses of stage 1}) and "losses" (of stage 2), both
-      before the first epoch and after each.
+      A `Whole`, for which the pattern "unstructured" is that of groups of 16. Its report has "sparsity", "layers" (of
+      each its "sparsity", "density", "notes", and after stage 1 the "error" of `sparsejax.compress.prune_layers`),
+      "blocks" ({block: the losses of stage 1}) and "losses" (of stage 2), both before the first epoch and after each.
 
     Raises:
-      ValueError: for settings out of range; when it runs, for patterns other than `block:Gx1`, for experts, and as
-        `sparsejax.compress.prune_layers`.
+      ValueError: for settings out of range; when it runs and before any work, for patterns other than `block:Gx1`,
+        layers that have experts or that groups do not fit, and as `sparsejax.compress.topkld`; later, naming the layer,
+        for inputs that are not finite.
     """
+    check_bits(bits)
     if packed and bits > 4:
         raise ValueError(f"gqsa packs codes of at most 4 bits, got bits={bits}")
+    for name, value in (("block_epochs", block_epochs), ("epochs", epochs)):
+        if value < 0:
+            raise ValueError(f"{name} of gqsa must be at least 0, got {value}")
+    check_distil(distil)
     pruning = group_pruning(scope=scope, damping=damping)
-    rates = dict(epochs=block_epochs, weight_rate=weight_rate, scale_rate=scale_rate, seed=seed)
+    rates = dict(
+        epochs=block_epochs,
+        weight_rate=weight_rate,
+        scale_rate=scale_rate,
+        zero_rate=10 * scale_rate,
+        seed=seed,
+    )
 
     def run(model, params, tokens, sparsity, pattern=None, *, progress=None):
-        sparsity, pattern = layer_budget("gqsa", sparsity, pattern or "block:16x1", pruning.patterns)
+        if pattern is None or isinstance(parse(pattern), Unstructured):
+            pattern = "block:16x1"
+        sparsity, group = _budget("gqsa", sparsity, pattern)
         stream, trees, layers, losses = Stream(model, params, tokens, batch), {}, {}, {}
-        errors = {}
+        _check_layers(stream, bits, group, packed)
+        params = {part: params[part] for part in model.parts()}
+        loss, sequences = objective(model, params, stream.tokens, batch, distil)
+        errors, notes = {}, {}
         with tqdm(stream.blocks, disable=None if progress is None else not progress, unit="block") as bar:
             for part in bar:
-                block, found, masks, batches = _look(stream, part, params[part], pruning, sparsity, pattern)
-                size = dict(bits=bits, group=pattern.shape[0])
-                trained = bqpo(_Apply(block), params[part], masks, batches, **size, **rates)
+                block, masks, batches = _look(stream, part, params[part], pruning, sparsity, pattern, notes)
+                trained = bqpo(_Apply(block), params[part], masks, batches, bits=bits, group=group, **rates)
                 trees[part], losses[part] = trained.params, trained.losses
                 layers |= {f"{part}/{path}": layer for path, layer in trained.layers.items()}
-                off = stream.errors(block, params[part], trained.params, found)
+                off = stream.errors(block, params[part], trained.params, masks)
                 errors |= {f"{part}/{path}": error for path, error in off.items()}
                 stream.hidden = stream.run(block, trained.params)
-        whole = {part: trees.get(part, params[part]) for part in model.parts()}
-        sequences = [stream.tokens[i : i + batch] for i in range(0, len(stream.tokens), batch)]
         rate = dict(scale_rate=tune_rate, zero_rate=10 * tune_rate, epochs=epochs, seed=seed)
-        tuned = e2e_oqp(_NextToken(model), whole, layers, sequences, **rate)
-        report = _report(tuned.layers, errors, bits, pattern) | {"blocks": losses, "losses": tuned.losses}
+        tuned = e2e_oqp(loss, {**params, **trees}, layers, sequences, **rate)
+        report = _report(tuned.layers, errors, notes, bits, group) | {
+            "blocks": losses,
+            "losses": tuned.losses,
+        }
         new = pack(tuned.params, tuned.layers) if packed else tuned.params
         return Compressed(model, new, _masks(tuned), report)
 
     return Whole("gqsa", run)
 
 
-def _look(stream: Stream, part: str, tree, pruning: Layerwise, sparsity: float, pattern: Block):
-    """The block, its layers, their masks, and its batches of inputs with the dense outputs."""
+def _check_layers(stream: Stream, bits: int, group: int, packed: bool) -> None:
+    """Raises ValueError, naming the layer, unless all layers are kernels `(in, out)` that groups fit."""
+    for part, layers in stream.layers.items():
+        for path, layer in layers.items():
+            if len(layer.shape) != 2:
+                raise ValueError(f"gqsa cannot do experts, and {part}/{path} has {layer.shape[0]}")
+            check(jax.ShapeDtypeStruct(layer.shape, jnp.float32), bits, group, f"{part}/{path}")
+    if packed and group % 2:
+        raise ValueError(f"gqsa packs groups of even size, got groups of {group} inputs")
+
+
+def _look(stream: Stream, part: str, tree, pruning: Layerwise, sparsity: float, pattern, notes: dict):
+    """The block, the masks of its layers, and its batches of inputs with the dense outputs; adds to `notes`."""
     block = stream.block(part)
     found = stream.layers[part]
-    for path, layer in found.items():
-        if len(layer.shape) != 2:
-            raise ValueError(f"gqsa cannot do experts, and {part}/{path} has {layer.shape[0]}")
     stats, targets = stream.observe(block, tree, found, pruning.needs)
     masks = {}
     for path, kernel in kernels_of(tree, found).items():
         kernel = jnp.asarray(kernel).astype(jnp.float32)
-        masks[path] = pruning.prune(kernel, stats[found[path].source], sparsity, pattern)[1]
+        with _naming(f"{part}/{path}") as notes[f"{part}/{path}"]:
+            masks[path] = pruning.prune(kernel, stats[found[path].source], sparsity, pattern)[1]
     batches, start = [], 0
     for inputs in stream.batches():
         end = start + len(inputs[0])
         batches.append((jax.device_get(inputs), targets[start:end]))  # they wait on the host
         start = end
-    return block, found, masks, batches
+    return block, masks, batches
 
 
 def _masks(trained):
@@ -198,23 +228,12 @@ class _Apply:
         return self.block.apply({"params": params}, hidden, **context)
 
 
-@dataclasses.dataclass(frozen=True)
-class _NextToken:
-    """Mean loss of the next token, in nats."""
-
-    model: Any
-
-    def __call__(self, params, tokens):
-        logits = self.model.apply({"params": params}, tokens)
-        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
-
-
-def _report(layers: Mapping[str, Quantised], errors: Mapping[str, float], bits: int, pattern: Block) -> dict:
+def _report(layers: Mapping[str, Quantised], errors: Mapping, notes: Mapping, bits: int, group: int) -> dict:
     kept = {name: int(layer.mask.sum()) for name, layer in layers.items()}
     size = sum(layer.mask.size for layer in layers.values())
     return {
         "method": "gqsa",
-        "pattern": str(pattern),
+        "pattern": f"block:{group}x1",
         "bits": bits,
         "sparsity": 1 - sum(kept.values()) / size,
         "layers": {
@@ -222,6 +241,7 @@ def _report(layers: Mapping[str, Quantised], errors: Mapping[str, float], bits: 
                 "sparsity": 1 - kept[name] / layer.mask.size,
                 "density": kept[name] / layer.mask.size,
                 "error": errors[name],
+                "notes": notes[name],
             }
             for name, layer in layers.items()
         },
@@ -232,7 +252,7 @@ def pack(params, layers: Mapping[str, Quantised]):
     """The tree with a `GroupQuantisedArray` in place of every kernel in `layers`, for `formats.save` and models.
 
     Raises:
-      ValueError: for codes of more than 4 bits.
+      ValueError: for codes of more than 4 bits, or groups of odd size.
     """
 
     def leaf(name, value):

@@ -6,7 +6,8 @@ Latents are weights w, log-factors f of scales and zeros z. With rounding straig
   stage 1   mean of (block(x; fake(w, s exp(f), z)) - target)^2       over w, f and z
   stage 2   loss(model; s exp(f) (code - z))                          over f and z
 
-by Adam, with a rate for each kind. Both keep their best state at the end of an epoch, the start included.
+by Adam, with a rate for each kind. Both keep their best state at the end of an epoch, the start included. Scales are
+rounded to the dtype of the kernel, packed or not.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Trained(NamedTuple):
     """What a stage gives.
 
     Attributes:
-      params: with the dense float32 values of the quantised kernels.
+      params: with the dense values of the quantised kernels, in the dtypes of the given ones.
       layers: {path of a kernel: Quantised}.
       losses: before the first epoch and after each, over all batches.
     """
@@ -72,14 +73,15 @@ def bqpo(
         "scale": {name: jnp.zeros_like(grid.scale) for name, grid in grids.items()},
         "zero": {name: grid.zero for name, grid in grids.items()},
     }
-    scales = {name: grid.scale for name, grid in grids.items()}
+    dtypes = {name: kernel.dtype for name, kernel in kernels_of(params, masks).items()}
+    scales = {name: grid.scale.astype(dtypes[name]) for name, grid in grids.items()}
     rates = (("scale", scale_rate), ("weight", weight_rate), ("zero", zero_rate))
     best, losses = _descend(
         _BlockLoss(apply, bits), latents, (params, scales, dict(masks)), batches, rates, epochs, seed
     )
     layers = {}
     for name, kernel in best["weight"].items():
-        grid = Grid(scales[name] * jnp.exp(best["scale"][name]), jnp.round(best["zero"][name]))
+        grid = Grid(_grown(scales[name], best["scale"][name]), jnp.round(best["zero"][name]))
         layers[name] = Quantised(encode(masked(kernel, masks[name]), grid, bits), grid, masks[name])
     return Trained(_insert(params, layers), layers, losses)
 
@@ -105,7 +107,7 @@ def e2e_oqp(
       epochs, scale_rate, zero_rate, seed: as in `bqpo`.
     """
     latents = {
-        "scale": {name: jnp.zeros_like(layer.grid.scale) for name, layer in layers.items()},
+        "scale": {name: jnp.zeros(layer.grid.scale.shape) for name, layer in layers.items()},
         "zero": {name: layer.grid.zero for name, layer in layers.items()},
     }
     rates = (("scale", scale_rate), ("zero", zero_rate))
@@ -127,13 +129,13 @@ class _BlockLoss:
         kernels = {
             name: fake(
                 kernel,
-                Grid(scales[name] * jnp.exp(latents["scale"][name]), latents["zero"][name]),
+                Grid(_grown(scales[name], latents["scale"][name]), latents["zero"][name]),
                 masks[name],
                 bits=self.bits,
             )
             for name, kernel in latents["weight"].items()
         }
-        outputs = self.apply(_replace(params, kernels), inputs)
+        outputs = self.apply(with_kernels(params, kernels), inputs)
         return jnp.mean(jnp.square((outputs - targets).astype(jnp.float32)))
 
 
@@ -151,10 +153,16 @@ class _CodeLoss:
 def _regrid(layers, latents) -> dict[str, Quantised]:
     return {
         name: layer._replace(
-            grid=Grid(layer.grid.scale * jnp.exp(latents["scale"][name]), latents["zero"][name])
+            grid=Grid(_grown(layer.grid.scale, latents["scale"][name]), latents["zero"][name])
         )
         for name, layer in layers.items()
     }
+
+
+def _grown(scale, factor):
+    """scale exp(factor), in the dtype of `scale`: training sees the scales that are stored."""
+    grown = scale.astype(jnp.float32) * jnp.exp(factor)
+    return jnp.maximum(grown, jnp.finfo(scale.dtype).tiny).astype(scale.dtype)
 
 
 def _descend(value, latents, fixed, batches, rates, epochs: int, seed: int):
@@ -206,7 +214,7 @@ def kernels_of(params, names: Iterable[str]) -> dict:
     return found
 
 
-def _replace(params, leaves: Mapping):
+def with_kernels(params, leaves: Mapping):
     """The tree with other leaves under these paths, in the dtypes of the old ones."""
     return map_with_name(
         lambda name, leaf: leaves[name].astype(leaf.dtype) if name in leaves else leaf, params
@@ -214,4 +222,4 @@ def _replace(params, leaves: Mapping):
 
 
 def _insert(params, layers: Mapping[str, Quantised]):
-    return _replace(params, {name: dense(layer) for name, layer in layers.items()})
+    return with_kernels(params, {name: dense(layer) for name, layer in layers.items()})

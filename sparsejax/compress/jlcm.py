@@ -28,7 +28,7 @@ import optax
 from jax import lax
 
 from sparsejax.compress.base import Layerwise, masked
-from sparsejax.compress.codebook import Codebook, check_kernel, dense, kmeans
+from sparsejax.compress.codebook import Codebook, check, dense, kmeans
 from sparsejax.compress.quantise import check_dense
 
 
@@ -120,9 +120,9 @@ def learn(
         `sparsejax.compress.codebook.kmeans`.
     """
     _check(codewords, groups, steps, mapping_rate, value_rate)
-    check_kernel(kernel)
-    if kernel.shape[1] % groups:
+    if kernel.ndim == 2 and kernel.shape[1] % groups:
         raise ValueError(f"groups={groups} of jlcm do not divide the {kernel.shape[1]} outputs of the kernel")
+    check(kernel.shape, codewords, books=groups)
     mask = jnp.ones(kernel.shape, bool) if mask is None else mask
     start = masked(kernel if start is None else start, mask)
     count = jnp.maximum(jnp.sum(mask, axis=0), 1)

@@ -24,8 +24,9 @@ then average d' squares instead of d, their gains are multiplied by sqrt(d / d')
 Training uses the merged weights, too: every step makes kernels from the trained parameters, and the model runs as it
 is. This takes the memory of one more copy of the model and of its gradient, in exchange for activations.
 
-Departures: LoRA has no dropout, which acts on activations. theta has a learning rate of its own, whose default makes
-the published 5e-5 over 10^4 steps of any number of steps. Exactly d' channels stay, the paper's theta > 0 may be a few
+Departures: LoRA has no dropout, which acts on activations. theta has a learning rate of its own. The defaults of both
+rates make the published 5e-5 over 10^4 steps of any number of steps; the default steps are the paper's 3 epochs, which
+on few sequences train nothing, and at least 1000. Exactly d' channels stay, the paper's theta > 0 may be a few
 more or less. Means over no theta are 0 (the released code divides by 0 there), v is merged (the released script drops
 it), and a tied head becomes one of its own, since only the embedding has a module behind it.
 """
@@ -50,6 +51,7 @@ from sparsejax.selection import top_k_mask
 MASKS = ("learned", "fixed")
 _FROZEN = 0.8  # share of the steps after which the mask no longer follows theta
 _UNSETTLED = 0.1  # distance of a mask from 0 or 1 that is worth a warning
+_LEAST_STEPS = 1000  # of a default
 _DECAY = 2.77  # of the fixed mask's tail
 
 
@@ -57,7 +59,7 @@ def pat(
     *,
     steps: int | None = None,
     batch: int = 16,
-    learning_rate: float = 5e-5,
+    learning_rate: float | None = None,
     mask_learning_rate: float | None = None,
     warmup: int | None = None,
     clip_norm: float = 0.3,
@@ -71,9 +73,10 @@ def pat(
     """Tunes on the given tokens and removes floor(sparsity width) residual channels.
 
     Args:
-      steps: of training, T; None for 3 epochs, at least 10.
+      steps: of training, T; None for 3 epochs, at least 1000.
       batch: sequences of a step.
-      learning_rate: peak of a cosine after a linear warm-up; of Adam on LoRA and modules.
+      learning_rate: peak of a cosine after a linear warm-up, of Adam on LoRA and modules; None for 0.5 / steps, at most
+        1e-3.
       mask_learning_rate: of theta; None for 0.5 / steps.
       warmup: steps; None for 100, or a tenth of the steps if that is less.
       clip_norm: of the gradient.
@@ -89,7 +92,7 @@ def pat(
 
     Raises:
       ValueError: for numbers out of their range; when it runs, for a pattern, a model other than a `Transformer` with
-        RMS norms, a sparsity that leaves no channel, or sequences of fewer than two tokens.
+        RMS norms and without shortcuts, a sparsity that leaves no channel, or sequences of fewer than two tokens.
     """
     masks_lib.choose("mask", mask, MASKS)
     for name, value in (("steps", steps), ("batch", batch), ("rank", rank), ("lora_rank", lora_rank)):
@@ -110,13 +113,13 @@ def pat(
                 f"pat trains on sequences of at least two tokens, got tokens of shape {tokens.shape}"
             )
         keep = model.width - dropped(target, model.width)
-        length = steps or max(10, math.ceil(3 * len(tokens) / batch))
+        length = steps or max(_LEAST_STEPS, math.ceil(3 * len(tokens) / batch))
         width = rank or max(1, round(model.width * 200 / 4096))
         start = jax.jit(lambda key: init(key, model, params, width, lora_rank, identity))
         trained = start(jax.random.key(seed))
         optimizer = _optimizer(
             length,
-            learning_rate,
+            min(0.5 / length, 1e-3) if learning_rate is None else learning_rate,
             0.5 / length if mask_learning_rate is None else mask_learning_rate,
             min(100, length // 10) if warmup is None else warmup,
             clip_norm,
@@ -367,4 +370,8 @@ def _checked(model) -> Transformer:
     if not isinstance(model, Transformer) or model.norm != "rms" or model.linear is not None:
         about = f"{type(model).__name__} with norm={getattr(model, 'norm', None)!r}, linear={getattr(model, 'linear', None)!r}"
         raise ValueError(f"pat needs a Transformer of dense layers with norm='rms', got {about}")
+    if any(layer_sizes(model, i)["stream"] for i in range(model.depth)):
+        raise ValueError(
+            "pat needs a Transformer without shortcuts, whose channels are those of one residual stream"
+        )
     return model

@@ -31,7 +31,8 @@ MAX_BITS = 16
 
 
 class Grid(NamedTuple):
-    """scale, zero: float32 `(in / group, out)`; zero is in units of codes, and an integer unless it was trained."""
+    """scale, zero: `(in / group, out)`, the scale in the dtype that is stored, zero float32; zero is in units of codes, and
+    an integer unless it was trained."""
 
     scale: jnp.ndarray
     zero: jnp.ndarray
@@ -45,10 +46,15 @@ class Quantised(NamedTuple):
     mask: jnp.ndarray
 
 
-def check(kernel, bits: int, group: int, name: str = "the kernel") -> None:
-    """Raises ValueError unless `bits` is 1 to 16 and groups of `group` inputs fill a kernel `(in, out)`."""
+def check_bits(bits: int) -> None:
+    """Raises ValueError unless `bits` is 1 to 16."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits must be an integer from 1 to {MAX_BITS}, got {bits!r}")
+
+
+def check(kernel, bits: int, group: int, name: str = "the kernel") -> None:
+    """Raises ValueError unless `bits` is 1 to 16 and groups of `group` inputs fill a kernel `(in, out)`."""
+    check_bits(bits)
     if kernel.ndim != 2:
         raise ValueError(
             f"only kernels (in, out) are quantised in groups, but {name} has shape {kernel.shape}"
@@ -92,8 +98,8 @@ def decode(codes, grid: Grid):
 
 
 def spread(grid: Grid, inputs: int) -> Grid:
-    """The scale and zero of every weight: both `(inputs, out)`."""
-    return Grid(*(jnp.repeat(leaf, inputs // leaf.shape[0], axis=0) for leaf in grid))
+    """The scale and zero of every weight: both float32 `(inputs, out)`."""
+    return Grid(*(jnp.repeat(leaf.astype(jnp.float32), inputs // leaf.shape[0], axis=0) for leaf in grid))
 
 
 def round_to_nearest(kernel, mask=None, *, bits: int = 4, group: int = 16) -> Quantised:

@@ -5,7 +5,7 @@ By outputs, as block-CSR with blocks of 1 x G weights of the transposed kernel (
   indptr  (out + 1,) int32       output r holds groups `indptr[r]` up to `indptr[r + 1]`
   groups  (nnz,) uint16 if in / G <= 2**16, else int32    which group of inputs, ascending for each output
   codes   (nnz, G / 2) uint8     two codes of 0 ... 15 a byte, the first in the low half
-  scales, zeros  (nnz,) float    weight = scale (code - zero)
+  scales, zeros  (nnz,) float    weight = scale (code - zero), in the dtype of the scales
 
 The format does not hold any weights, only such; it is what GQSA (Zeng et al. 2025) stores. Its product cuts the kept
 groups, whatever output they are of, into chunks of one size, so that outputs with many groups hold up no others.
@@ -181,9 +181,12 @@ def group_quantised_matmul(x, w: GroupQuantisedArray, *, chunk: int = CHUNK):
 
 
 def _weights(scales, zeros, codes):
-    """scale (code - zero): float32 (or wider) `(nnz, G)`."""
+    """scale (code - zero) in the dtype of the scales, computed in float32 at least: `(nnz, G)`."""
     exact = jnp.promote_types(scales.dtype, jnp.float32)
-    return scales.astype(exact)[:, None] * (unpack_int4(codes).astype(exact) - zeros.astype(exact)[:, None])
+    weights = scales.astype(exact)[:, None] * (
+        unpack_int4(codes).astype(exact) - zeros.astype(exact)[:, None]
+    )
+    return weights.astype(scales.dtype)
 
 
 def _chunks(leaf, size: int, pad):
