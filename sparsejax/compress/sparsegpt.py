@@ -154,7 +154,8 @@ def _factorise(gram, damping: float):
                 f"the Gram matrix of the inputs is not positive definite, even with {_LIMIT:g} times its mean "
                 "diagonal added"
             )
-    return jnp.asarray(_reversed_float32(buffer).reshape(gram.shape)), jnp.asarray(dead), used
+    # `jnp.asarray` would copy it
+    return jax.device_put(_reversed_float32(buffer).reshape(gram.shape)), jnp.asarray(dead), used
 
 
 def _invert_reversed(buffer, gram, diagonal) -> bool:

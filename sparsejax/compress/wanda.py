@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sparsejax.compress.base import Layerwise, layer_budget, masked, select
 from sparsejax.patterns import NM, Pattern, Unstructured
 
-_OUTPUTS = 512  # whose scores exist at once, where outputs are compared each with itself
+_OUTPUTS = 256  # whose scores exist at once, where outputs are compared each with itself
 
 
 def scores(kernel, stats):

@@ -385,11 +385,18 @@ def test_inputs_that_are_not_finite_are_named():
         run(params=params)
 
 
-def test_errors_of_a_method_name_the_layer():
+def test_weights_that_are_not_finite_are_named():
     params = jax.tree.map(lambda x: x, PARAMS)
     params["block_1"]["mlp"]["up"]["kernel"] *= jnp.nan
-    with pytest.raises(ValueError, match="block_1/mlp/up/kernel: scores .* contains NaN"):
-        run(params=params)
+    with pytest.raises(ValueError, match="the weights of block_1/mlp/up/kernel are not finite"):
+        run(compress.sparsegpt(), params=params)
+
+    def prune(kernel, *_):
+        return kernel * jnp.inf, jnp.ones(kernel.shape, bool)
+
+    message = "the compressed weights of block_0/attention/query/kernel are not finite as float32"
+    with pytest.raises(ValueError, match=message):
+        run(Layerwise("huge", (), prune))
 
 
 def test_packed_kernels_are_refused():

@@ -24,11 +24,11 @@ def problem(seed=0, inputs=24, outputs=7, shift=1.0):
     return kernel, statistics.of(NEEDS, jnp.asarray(x, jnp.float32))
 
 
-def by_hand(kernel, pruned, mask, stats, cycles, threshold, same_sign, group):
+def by_hand(kernel, pruned, mask, stats, cycles, threshold, same_sign, group, power=1.0):
     """One output at a time, one swap at a time, in float64."""
     kernel, pruned, mask = np.asarray(kernel, float), np.asarray(pruned, float), np.array(mask)
     mean, square, within = (np.asarray(stats[name], float) for name in NEEDS)
-    variance = np.maximum(within, 1e-6 * within.mean())
+    variance = np.maximum(within, 1e-6 * within.mean()) ** power
     before, after = (kernel - pruned).T @ mean, []
     for r in range(kernel.shape[1]):
         start, eps = mask[:, r].copy(), before[r]
@@ -93,6 +93,17 @@ def test_equals_the_plain_loop(pattern, cycles, same_sign):
         np.testing.assert_allclose(found.after, after, atol=1e-4)
         swaps += int(found.swaps.sum())
     assert swaps > 0
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_the_power_of_the_variance_changes_what_is_grown_first(power):
+    kernel, stats = problem()
+    pruned, mask = wanda().prune(kernel, stats, 0.5, "unstructured")
+    given = (kernel, pruned, mask, stats)
+    expected, *_ = by_hand(*given, 2, 0.1, False, None, power)
+    assert (expected != by_hand(*given, 2, 0.1, False, None)[0]).any()
+    found = dsnot(cycles=2, power=power).prune(kernel, stats, 0.5, "unstructured")[1]
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

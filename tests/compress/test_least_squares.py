@@ -63,6 +63,31 @@ def test_refits_what_another_method_keeps(initial):
     assert method.host == initial.host
 
 
+def test_dead_inputs_lose_nothing_and_change_nothing_else():
+    live = np.arange(32) != 5
+    gram = STATS["gram"] * live * live[:, None]
+    found = compress.masked_least_squares(jnp.asarray(W), jnp.asarray(MASK), gram)
+    np.testing.assert_allclose(np.asarray(found)[5], np.where(MASK, W, 0)[5], atol=1e-5)
+    rest = compress.masked_least_squares(jnp.asarray(W[live]), jnp.asarray(MASK[live]), gram[live][:, live])
+    np.testing.assert_allclose(np.asarray(found)[live], rest, atol=1e-4)
+
+
+def test_wrappers_keep_what_they_wrap():
+    for wrap in (compress.least_squares, compress.rtn, compress.jlcm, compress.dsnot):
+        assert wrap(compress.sparsegpt()).host
+        rules = wrap(compress.dsnot(skip="mlp/*")).rules
+        assert {rule: method.name for rule, method in rules.items()} == {"mlp/*": wrap(compress.wanda()).name}
+        assert wrap(compress.wanda()).rules is None
+    assert compress.rtn(compress.group_pruning()).patterns == compress.group_pruning().patterns
+
+
+@pytest.mark.parametrize("name", ["damping", "tolerance", "iterations"])
+@pytest.mark.parametrize("value", [-1, np.nan, np.inf])
+def test_bad_arguments(name, value):
+    with pytest.raises(ValueError, match=f"least_squares needs a finite {name} >= 0, got {value}"):
+        compress.least_squares(**{name: value})
+
+
 def test_a_full_mask_gives_the_kernel():
     found = compress.masked_least_squares(jnp.asarray(W), jnp.ones(W.shape, bool), STATS["gram"])
     np.testing.assert_array_equal(found, W)

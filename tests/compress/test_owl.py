@@ -1,12 +1,21 @@
 """OWL against its definition on a tiny model, and what its allocations must sum up to."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.compress.calibration import observe, prune_layers
-from sparsejax.compress.owl import Outliers, block_sparsities, group_sparsities, outliers, owl
+from sparsejax.compress.calibration import Observed, observe, prune_layers
+from sparsejax.compress.owl import (
+    Outliers,
+    _of_block,
+    block_sparsities,
+    group_sparsities,
+    outliers,
+    owl,
+)
 from sparsejax.compress.wanda import wanda
 from sparsejax.masks import flatten
 from sparsejax.models import Transformer
@@ -50,6 +59,8 @@ def test_densities_spend_the_budget_over_a_range_of_twice_the_width():
 def test_edges():
     assert min(block_sparsities(blocks([0.0, 1.0]), 0.05, 0.08).values()) == 0.01
     assert set(block_sparsities(blocks([0.0, 1.0]), 0.0).values()) == {0.0}
+    assert set(block_sparsities(blocks([0.3, 0.3]), 0.005).values()) == {0.005}
+    assert min(block_sparsities(blocks([0.0, 1.0]), 0.005).values()) == 0.005
     with pytest.raises(ValueError, match="owl with width=0.2 would drop all of b0 at sparsity=0.9"):
         block_sparsities(blocks([0.0, 1.0]), 0.9, 0.2)
     with pytest.raises(ValueError, match="width of owl must be at least 0, got -1"):
@@ -76,6 +87,25 @@ def test_outliers_are_those_of_the_definition(params):
         assert found[block.name].ratio == pytest.approx(np.mean(scores > 3 * scores.mean()))
     ratios = {name: block.ratio for name, block in found.items()}
     assert max(ratios, key=ratios.get) == "block_1"
+
+
+def test_an_expert_without_tokens_counts_by_magnitude():
+    kernel = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    stats = {"count": np.array([4.0, 0.0]), "square": np.array([[4.0, 4.0, 9.0], [0.0, 0.0, 0.0]])}
+    stats = {name: jnp.asarray(value) for name, value in stats.items()}
+    layers = {"mlp/up/kernel": None}
+    block = Observed("b", {"mlp": {"up": {"kernel": kernel}}}, layers, {"mlp/up/kernel": stats}, None, None)
+    scores = np.concatenate([(kernel[0] * [[2], [2], [3]]).ravel(), kernel[1].ravel()])
+    assert _of_block(block, 1.0).ratio == np.mean(scores > scores.mean())
+
+
+def test_blocks_without_linear_layers(params, monkeypatch):
+    def observed(*_, **__):
+        yield Observed("block_0", {}, {}, {}, None, None)
+
+    monkeypatch.setattr(sys.modules["sparsejax.compress.owl"], "observe", observed)
+    with pytest.raises(ValueError, match="Transformer has no linear layer in its blocks"):
+        outliers(MODEL, params, TOKENS)
 
 
 def test_it_is_an_allocation(params):

@@ -1,5 +1,9 @@
 """SparseGPT against its equations in numpy, its identities, and least squares on the same mask."""
 
+import gc
+import sys
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +79,46 @@ def test_equals_the_equations_in_numpy(pattern, sparsity, block):
     np.testing.assert_array_equal(mask, expected_mask)
     np.testing.assert_allclose(kernel, expected, atol=2e-5)
     np.testing.assert_allclose(loss(kernel, h), total / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("block", [7, 12])
+def test_the_update_behind_a_block_may_take_several_steps(monkeypatch, block):
+    whole = sparsegpt(block=block).prune(jnp.asarray(W), STATS, None, "1:4")
+    monkeypatch.setattr(sys.modules["sparsejax.compress.sparsegpt"], "_TAIL", 8)
+    expected, expected_mask, _ = in_numpy(W, hessian(STATS["gram"]), 0.75, -(-block // 4) * 4, nm=(1, 4))
+    jax.clear_caches()  # of the sweep with the longer steps
+    kernel, mask = sparsegpt(block=block).prune(jnp.asarray(W), STATS, None, "1:4")
+    jax.clear_caches()
+    np.testing.assert_array_equal(mask, expected_mask)
+    np.testing.assert_allclose(kernel, expected, atol=2e-5)
+    np.testing.assert_allclose(kernel, whole[0], atol=2e-5)
+
+
+def test_layers_with_the_same_inputs_share_a_factor_for_as_long_as_these_live(monkeypatch):
+    module, grams = sys.modules["sparsejax.compress.sparsegpt"], []
+    monkeypatch.setattr(
+        module, "_factorise", lambda g, d, f=module._factorise: grams.append(g.shape) or f(g, d)
+    )
+    method, one = sparsegpt(), {"gram": STATS["gram"] + 0}
+    for stats in (one, one, STATS, STATS, one):
+        method.prune(jnp.asarray(W), stats, 0.5, "unstructured")
+    assert len(grams) == 3
+    factors = next(
+        c.cell_contents for c in method.prune.__closure__ if isinstance(c.cell_contents, module._Factors)
+    )
+    assert factors._found is not None
+    del one, stats
+    gc.collect()
+    assert factors._found is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_the_factor_is_narrowed_in_its_place(monkeypatch, size):
+    monkeypatch.setattr(sys.modules["sparsejax.compress.sparsegpt"], "_PIECE", 3)
+    half = RNG.normal(size=(size, 2 * size))
+    gram = half @ half.T
+    factor, _ = inverse_factor(gram, 0.0)
+    np.testing.assert_allclose(factor, scipy.linalg.cholesky(np.linalg.inv(2 * gram)), rtol=1e-4, atol=1e-6)
 
 
 def test_the_count_is_exact_over_blocks_that_do_not_divide_it():

@@ -1,5 +1,7 @@
 """Wanda and magnitude: numpy sorts, orthonormal inputs, rescaling, and exact counts."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,6 +88,14 @@ def test_nm_budgets():
     assert layer_budget("x", 0.25, "2:4") == (0.25, compress.base.parse("3:4"))
     with pytest.raises(ValueError, match="x cannot do the pattern NM"):
         layer_budget("x", None, compress.base.NM(2, 4, axis=-1))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_outputs_are_masked_in_chunks(monkeypatch, pattern):
+    whole = compress.wanda().prune(jnp.asarray(W), stats(X), 0.5, pattern)
+    monkeypatch.setattr(sys.modules["sparsejax.compress.wanda"], "_OUTPUTS", 7)
+    for one, other in zip(whole, compress.wanda().prune(jnp.asarray(W), stats(X), 0.5, pattern), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_unknown_scope():
