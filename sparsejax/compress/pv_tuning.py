@@ -129,17 +129,13 @@ def _tune(optimizer, loss, params, codebooks, batches: Sequence, epochs: int, se
     """The codebooks of lowest loss at the end of an epoch or at the start, and the losses then."""
 
     @jax.jit
-    def value(codebooks, params, batch):
-        return loss(insert(params, codebooks), batch)
-
-    @jax.jit
     def advance(codebooks, state, params, batch):
         kernels = {name: dense(book) for name, book in codebooks.items()}
         grads = jax.grad(lambda kernels: loss(with_kernels(params, kernels), batch))(kernels)
         return optimizer.update(grads, state, codebooks)
 
     def mean(codebooks):
-        return float(np.mean([value(codebooks, params, batch) for batch in batches]))
+        return float(np.mean([_value(loss, params, codebooks, batch) for batch in batches]))
 
     rng, state = np.random.default_rng(seed), optimizer.init(codebooks)
     best, losses = codebooks, [mean(codebooks)]
@@ -150,6 +146,11 @@ def _tune(optimizer, loss, params, codebooks, batches: Sequence, epochs: int, se
         if losses[-1] <= min(losses):
             best = codebooks
     return best, losses
+
+
+@jax.jit(static_argnums=0)
+def _value(loss, params, codebooks, batch):
+    return loss(insert(params, codebooks), batch)
 
 
 # --- the optimizer -----------------------------------------------------------------------------------
