@@ -63,16 +63,16 @@ def pv_tuning(
     Args:
       codewords, dim, books, iterations: of every kernel, as in `sparsejax.compress.codebook.kmeans`.
       epochs: through the tokens, in a random order; the best state at the end of one stays, the start included.
-      distil: None: trained on the next token; keywords of `sparsejax.compress.topkld`: on the dense model's predictions,
-        which are computed batch by batch when they are needed.
+      distil: None: trained on the next token; keywords of `sparsejax.compress.topkld`: on the dense model's
+        predictions, which are computed batch by batch when they are needed.
       code_rate, value_rate, fraction, trust, delta_decay, lamb: as in `pv_optimizer`.
       batch: sequences of a batch.
       seed: of k-means and of the order of batches.
 
     Returns:
       A `Whole` that keeps every weight: sparsity 0 or None. Its report has "method", "sparsity", "bits" (of a code, per
-      weight), "losses" (mean over batches, before the first epoch and after each), and "layers": of each its "sparsity",
-      "density" and "error" as in `sparsejax.compress.prune_layers`, on inputs from the dense model.
+      weight), "losses" (mean over batches, before the first epoch and after each), and "layers": of each its
+      "sparsity", "density" and "error" as in `sparsejax.compress.prune_layers`, on inputs from the dense model.
 
     Raises:
       ValueError: for settings out of range; when it runs and before any work, for another sparsity or a pattern, for

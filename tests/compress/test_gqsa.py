@@ -148,7 +148,7 @@ def outputs_of(params, hidden):
 
 
 def test_stage_1_of_a_block_sees_the_compressed_blocks_before():
-    """Both losses of untrained blocks by hand: the second one's inputs and targets come behind the first as it is then."""
+    """Both losses of untrained blocks by hand: inputs and targets of the second come behind the compressed first."""
     tokens = np.random.default_rng(0).integers(0, 11, (6, 8))
     params = jax.jit(MODEL.init)(jax.random.key(0), tokens)["params"]
     result = gqsa(batch=6, block_epochs=0, epochs=0).run(
