@@ -68,8 +68,8 @@ def build(name: str, **keywords) -> Layerwise | Whole:
         `build("dsnot", initial="sparsegpt")`.
 
     Raises:
-      ValueError: for an unknown name or keyword, a value that its factory cannot take, and for a method to build on that
-        has no name or is not layer-wise.
+      ValueError: for an unknown name or keyword, a value that its factory cannot take, and for a method to build on
+        that has no name or is not layer-wise.
     """
     factory = choose("method", name, METHODS)
     known = inspect.signature(factory).parameters

@@ -1,7 +1,7 @@
 """A database of every layer compressed to several levels, models stitched from it, and what a model loses.
 
-A *unit* is one matrix `(in, out)`: a linear kernel, or one expert of an expert kernel. Units of equal shape and dtype lie in
-one array `(units, levels, in, out)`, so that a stitched model is one gather per kernel with a traced index: all
+A *unit* is one matrix `(in, out)`: a linear kernel, or one expert of an expert kernel. Units of equal shape and dtype
+lie in one array `(units, levels, in, out)`, so that a stitched model is one gather per kernel with a traced index: all
 genomes of a search share one compiled evaluation.
 
 Memory: the database holds `levels` copies of the blocks' kernels, in their dtype, on the host while it is built and on
@@ -41,8 +41,8 @@ class Unit(NamedTuple):
 
 
 class Database(NamedTuple):
-    """stacks: an array `(units, levels, in, out)` per shape and dtype; units: all of them; dropped: int `(units, levels)`, how
-    many weights the mask of each drops; bits: per unit and level the mask, packed to uint8 on the host."""
+    """stacks: an array `(units, levels, in, out)` per shape and dtype; units: all of them; dropped: int `(units,
+    levels)`, how many weights the mask of each drops; bits: per unit and level the mask, packed to uint8 on the host."""
 
     stacks: list[Any]
     units: tuple[Unit, ...]

@@ -63,16 +63,16 @@ def pv_tuning(
     Args:
       codewords, dim, books, iterations: of every kernel, as in `sparsejax.compress.codebook.kmeans`.
       epochs: through the tokens, in a random order; the best state at the end of one stays, the start included.
-      distil: None: trained on the next token; keywords of `sparsejax.compress.topkld`: on the dense model's predictions,
-        which are computed batch by batch when they are needed.
+      distil: None: trained on the next token; keywords of `sparsejax.compress.topkld`: on the dense model's
+        predictions, which are computed batch by batch when they are needed.
       code_rate, value_rate, fraction, trust, delta_decay, lamb: as in `pv_optimizer`.
       batch: sequences of a batch.
       seed: of k-means and of the order of batches.
 
     Returns:
       A `Whole` that keeps every weight: sparsity 0 or None. Its report has "method", "sparsity", "bits" (of a code, per
-      weight), "losses" (mean over batches, before the first epoch and after each), and "layers": of each its "sparsity",
-      "density" and "error" as in `sparsejax.compress.prune_layers`, on inputs from the dense model.
+      weight), "losses" (mean over batches, before the first epoch and after each), and "layers": of each its
+      "sparsity", "density" and "error" as in `sparsejax.compress.prune_layers`, on inputs from the dense model.
 
     Raises:
       ValueError: for settings out of range; when it runs and before any work, for another sparsity or a pattern, for
@@ -129,17 +129,13 @@ def _tune(optimizer, loss, params, codebooks, batches: Sequence, epochs: int, se
     """The codebooks of lowest loss at the end of an epoch or at the start, and the losses then."""
 
     @jax.jit
-    def value(codebooks, params, batch):
-        return loss(insert(params, codebooks), batch)
-
-    @jax.jit
     def advance(codebooks, state, params, batch):
         kernels = {name: dense(book) for name, book in codebooks.items()}
         grads = jax.grad(lambda kernels: loss(with_kernels(params, kernels), batch))(kernels)
         return optimizer.update(grads, state, codebooks)
 
     def mean(codebooks):
-        return float(np.mean([value(codebooks, params, batch) for batch in batches]))
+        return float(np.mean([_value(loss, params, codebooks, batch) for batch in batches]))
 
     rng, state = np.random.default_rng(seed), optimizer.init(codebooks)
     best, losses = codebooks, [mean(codebooks)]
@@ -150,6 +146,11 @@ def _tune(optimizer, loss, params, codebooks, batches: Sequence, epochs: int, se
         if losses[-1] <= min(losses):
             best = codebooks
     return best, losses
+
+
+@jax.jit(static_argnums=0)
+def _value(loss, params, codebooks, batch):
+    return loss(insert(params, codebooks), batch)
 
 
 # --- the optimizer -----------------------------------------------------------------------------------

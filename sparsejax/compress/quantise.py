@@ -31,8 +31,8 @@ MAX_BITS = 16
 
 
 class Grid(NamedTuple):
-    """scale, zero: `(in / group, out)`, the scale in the dtype that is stored, zero float32; zero is in units of codes, and
-    an integer unless it was trained."""
+    """scale, zero: `(in / group, out)`, the scale in the dtype that is stored, zero float32; zero is in units of codes,
+    and an integer unless it was trained."""
 
     scale: jnp.ndarray
     zero: jnp.ndarray

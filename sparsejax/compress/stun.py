@@ -14,7 +14,8 @@ missing to the total sparsity is then pruned from the remaining layers by a laye
 Departures: the released code checks one expert's distances to the other cluster before a merge; here all pairs are
 checked, so that every cluster really is complete. It doubles and halves tau until the number of clusters fits, which
 may never happen (distances tie, and one merge can prevent others); here every distance is tried, layer by layer, which
-takes E^4 / 4 steps for E experts. The default of the second step counts weights over a layer, because counts per output cannot meet a total exactly.
+takes E^4 / 4 steps for E experts. The default of the second step counts weights over a layer, because counts per output
+cannot meet a total exactly.
 """
 
 import math

@@ -153,7 +153,8 @@ def group_quantised_matmul(x, w: GroupQuantisedArray, *, chunk: int = CHUNK):
     Args:
       x: `(..., in)`.
       w: the kernel.
-      chunk: groups that are unpacked at once; their inputs take chunk x G x batch numbers, their products chunk x batch.
+      chunk: groups that are unpacked at once; their inputs take chunk x G x batch numbers, their products chunk x
+        batch.
 
     Returns:
       `(..., out)` of the dtype that x and the scales promote to; sums are in float32 at least.

@@ -1,5 +1,6 @@
 """PAT against its definition: hidden states with explicit modules, the schedule in NumPy, the small and the full model."""
 
+import importlib
 import math
 
 import chex
@@ -172,7 +173,13 @@ def test_the_losses():
 
 @pytest.mark.parametrize(
     "keywords",
-    [{}, {"tied": True}, {"positions": "learned"}, {"experts": 3}, {"layers": ({"heads": 0}, {"hidden": 0})}],
+    [
+        {"qk_norm": True},
+        {"tied": True, "kv_heads": 1},
+        {"positions": "learned"},
+        {"experts": 3},
+        {"layers": ({"heads": 0}, {"hidden": 0})},
+    ],
 )
 def test_the_small_model_is_the_masked_one(keywords):
     model, params = untied(*model_of(**keywords))
@@ -187,7 +194,7 @@ def test_the_small_model_is_the_masked_one(keywords):
     assert all(
         12 not in x.shape
         for name, x in flatten(small_params).items()
-        if "query" not in name and "key" not in name and "value" not in name and "attention/out" not in name
+        if not any(part in name for part in ("query", "key", "value", "attention/out"))
     )
     full = jax.eval_shape(small.init, jax.random.key(0), TOKENS[:1])["params"]
     assert jax.tree.map(jnp.shape, full) == jax.tree.map(jnp.shape, small_params)
@@ -225,11 +232,27 @@ def test_sparsity_zero_leaves_the_model_as_it_is(dense):
     chex.assert_trees_all_equal(found.params, dense[1])
 
 
-def test_bfloat16_stays(dense):
-    model, params = dense
+def test_bfloat16_stays():
+    model, params = model_of(kv_heads=1, tied=True)
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), params)
     found = pat(steps=3, batch=4, rank=2, lora_rank=2).run(model, params, TOKENS, 0.5)
     assert {x.dtype for x in jax.tree.leaves(found.params)} == {jnp.dtype(jnp.bfloat16)}
+    chex.assert_tree_all_finite(found.params)
+
+
+def test_the_default_trains_for_long_enough(dense, monkeypatch):
+    """Of 8 sequences 3 epochs are 3 steps; the defaults have 1000, of the rates that the paper's give 10^4 steps."""
+    found = []
+
+    def stop(steps, *rates):
+        found.append((steps, *rates))
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(importlib.import_module("sparsejax.compress.pat"), "_optimizer", stop)
+    for keywords in ({}, {"steps": 10_000}):
+        with pytest.raises(RuntimeError, match="stop"):
+            pat(**keywords).run(*dense, TOKENS, 0.5)
+    assert found == [(1000, 5e-4, 5e-4, 100, 0.3), (10_000, 5e-5, 5e-5, 100, 0.3)]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +265,11 @@ def test_bfloat16_stays(dense):
         ({}, {"pattern": "2:4"}, "pat cannot do the pattern 2:4"),
         ({}, {"sparsity": 1.0}, "sparsity"),
         ({}, {"model": Transformer(11)}, "norm='rms', got Transformer with norm='layer'"),
+        (
+            {},
+            {"model": model_of()[0].clone(layers=({"stream": (12, 12, 12)}, {}))},
+            "a Transformer without shortcuts",
+        ),
         ({}, {"tokens": TOKENS[:, :1]}, r"at least two tokens, got tokens of shape \(8, 1\)"),
     ],
 )

@@ -235,7 +235,7 @@ def test_an_nm_pattern_on_the_experts_that_stay(dense):
     assert found.report["sparsity"] == pytest.approx(1 - sizes[1] / sizes[0] / 2)
 
 
-def test_identity_and_determinism(dense):
+def test_identity(dense):
     model, params = dense
     found = stun().run(model, params, TOKENS, 0.0)
     assert found.model == model and found.report["sparsity"] == 0
@@ -243,8 +243,18 @@ def test_identity_and_determinism(dense):
     small, same, _ = merge(model, params, {i: [[e] for e in range(6)] for i in range(2)})
     assert small == model
     chex.assert_trees_all_equal(same, params)
+
+
+def test_bfloat16_with_grouped_keys_and_a_tied_head_is_deterministic(dense):
+    model = dense[0].clone(depth=1, kv_heads=1, tied=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16), shapes)
     once, again = (stun().run(model, params, TOKENS, 0.5) for _ in range(2))
     chex.assert_trees_all_equal(once.params, again.params)
+    assert {x.dtype for x in jax.tree.leaves(once.params)} == {jnp.dtype(jnp.bfloat16)}
+    chex.assert_tree_all_finite(once.params)
+    assert layer_sizes(once.model, 0)["experts"] == 5
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,11 @@ def test_the_product_is_that_of_the_dense_kernel(chunk):
     found = jax.jit(lambda x, w: group_quantised_matmul(x, w, chunk=chunk))(x, array)
     np.testing.assert_allclose(found, x @ dense_of(*given), atol=1e-4)
     assert not np.any(found[..., 2])
-    half = formats.matmul(x.astype(jnp.bfloat16), array.with_data(array.data.astype(jnp.bfloat16)))
-    assert half.dtype == jnp.bfloat16
+    rounded = array.with_data(array.data.astype(jnp.bfloat16))
+    half = formats.matmul(x.astype(jnp.bfloat16), rounded)
+    assert half.dtype == rounded.to_dense().dtype == jnp.bfloat16
+    exact = formats.matmul(x, rounded)
+    np.testing.assert_allclose(exact, x @ rounded.to_dense().astype(jnp.float32), atol=1e-4)
 
 
 def test_empty_arrays_and_gradients():
