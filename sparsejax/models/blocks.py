@@ -41,7 +41,7 @@ class Attention(linen.Module):
       heads: number of heads; it must divide `width`.
       causal: whether a position sees only itself and those before it.
       linear: which layer makes the projections, see `sparsejax.nn.linear`; None for dense ones.
-      dtype: dtype of the computation, None for the inputs'.
+      dtype: dtype of the computation, None for that of the inputs and parameters together.
       kv_heads: heads of the keys and values, None for `heads`; each serves `heads / kv_heads` neighbouring query
         heads (Ainslie et al. 2023).
       features: width of the output, None for `width`.

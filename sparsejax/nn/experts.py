@@ -19,7 +19,7 @@ class ExpertDense(MaskedParams):
       features: width of the output.
       experts: how many there are.
       use_bias: whether there is a bias.
-      dtype: dtype of the computation, None for the inputs'.
+      dtype: dtype of the computation, None for that of the rows and parameters together.
     """
 
     features: int

@@ -82,8 +82,8 @@ def test_the_cache_has_the_dtype_of_the_hidden_states(monkeypatch):
     monkeypatch.setitem(generate.__globals__, "init_cache", record)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     generate(model, half, PROMPT, 1)
-    generate(model.clone(dtype="float16"), params, PROMPT, 1)
-    assert dtypes == [jnp.bfloat16, jnp.float16]
+    generate(model.clone(dtype="bfloat16"), params, PROMPT, 1)
+    assert dtypes == [jnp.bfloat16, jnp.bfloat16]
 
 
 def test_lazy_parameters():
