@@ -126,9 +126,8 @@ class Attention(linen.Module):
     def _continue(self, query, key, value, cache, offset):
         """Attention of new positions, from `offset` on, to those in the cache and to themselves; the new cache."""
         capacity = cache["key"].shape[1]
-        if (
-            isinstance(offset, int) and offset + query.shape[1] > capacity
-        ):  # they would overwrite the last ones
+        # `dynamic_update_slice` would move them to the front, over positions that are filled already
+        if isinstance(offset, int) and offset + query.shape[1] > capacity:
             raise ValueError(
                 f"{query.shape[1]} positions after {offset} exceed the cache's capacity of {capacity}"
             )

@@ -34,8 +34,8 @@ class VisionTransformer(nn.MaskedParams):
       layers: empty, or one mapping per block that replaces `heads`, `hidden` or `bias` there, as in `Transformer`.
 
     Raises:
-      ValueError: for an unknown name, layers that do not fit the depth, or at a call a patch that does not divide the images, or
-        images of another size than the positions are for.
+      ValueError: for an unknown name, layers that do not fit the depth; at a call, for a patch that does not divide
+        the images, or images of another size than the positions are for.
     """
 
     classes: int
