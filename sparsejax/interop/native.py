@@ -39,10 +39,8 @@ def save(folder: str | os.PathLike, model, params: Mapping[str, Any]) -> None:
         if field.name not in ("parent", "name")
     }
     config = {"model_type": MODEL_TYPE, "name": names[type(model)], "attributes": attributes}
-    text, folder = (
-        to_json(config),
-        Path(folder),
-    )  # the text first: what it cannot hold is found out before the work
+    text = to_json(config)  # first, so that what it cannot hold is found out before the work
+    folder = Path(folder)
     formats.save(folder / WEIGHTS, dict(params))
     partial = folder / f".{CONFIG}.partial"
     partial.write_text(text)

@@ -80,9 +80,8 @@ class Writer:
     """See `writer`."""
 
     def __init__(self, folder, model, config, source, card, shard_bytes):
-        self._folder = (
-            Path(folder).expanduser().resolve()
-        )  # a link cannot be replaced by a folder, its target can
+        # a folder cannot take the name of a link, but of what the link leads to
+        self._folder = Path(folder).expanduser().resolve()
         if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
             raise ValueError(f"{str(self._folder)!r} exists already; remove it or name another folder")
         self._source = None if source is None else Path(source).expanduser()

@@ -2,7 +2,8 @@
 
 All are linen modules with `__call__(x, train=False)` that return float32 outputs `(batch, classes)`, those of a
 transformer, and of an encoder without a pool, for every token: `(batch, length, classes)`. The last layer is called
-`head`, unless it is tied to the embedding or there are no classes. Batch statistics, where there are any, live in `batch_stats`.
+`head`, unless it is tied to the embedding or there are no classes. Batch statistics, where there are any, live in
+`batch_stats`.
 """
 
 from dataclasses import fields

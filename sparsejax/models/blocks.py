@@ -41,7 +41,7 @@ class Attention(linen.Module):
       heads: number of heads; it must divide `width`.
       causal: whether a position sees only itself and those before it.
       linear: which layer makes the projections, see `sparsejax.nn.linear`; None for dense ones.
-      dtype: dtype of the computation, None for the inputs'.
+      dtype: dtype of the computation, None for that of the inputs and parameters together.
       kv_heads: heads of the keys and values, None for `heads`; each serves `heads / kv_heads` neighbouring query
         heads (Ainslie et al. 2023).
       features: width of the output, None for `width`.
@@ -126,9 +126,8 @@ class Attention(linen.Module):
     def _continue(self, query, key, value, cache, offset):
         """Attention of new positions, from `offset` on, to those in the cache and to themselves; the new cache."""
         capacity = cache["key"].shape[1]
-        if (
-            isinstance(offset, int) and offset + query.shape[1] > capacity
-        ):  # they would overwrite the last ones
+        # `dynamic_update_slice` would move them to the front, over positions that are filled already
+        if isinstance(offset, int) and offset + query.shape[1] > capacity:
             raise ValueError(
                 f"{query.shape[1]} positions after {offset} exceed the cache's capacity of {capacity}"
             )

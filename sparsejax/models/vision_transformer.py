@@ -26,7 +26,7 @@ class VisionTransformer(nn.MaskedParams):
       mlp_ratio: hidden width of the feed-forward networks, in widths.
       pool: what the head reads: the `mean` of all tokens, or an extra class `token` as in the paper.
       linear: which layer makes the projections of the blocks, see `sparsejax.nn.linear`.
-      dtype: dtype of the computation, None for the inputs'.
+      dtype: dtype of the computation, None for that of the images and parameters together.
       hidden: hidden width of the feed-forward networks, None for `mlp_ratio * width`.
       epsilon: of the norms.
       activation: a key of `sparsejax.models.blocks.ACTIVATIONS`; the paper's is `gelu`.
@@ -34,8 +34,8 @@ class VisionTransformer(nn.MaskedParams):
       layers: empty, or one mapping per block that replaces `heads`, `hidden` or `bias` there, as in `Transformer`.
 
     Raises:
-      ValueError: for an unknown name, layers that do not fit the depth, or at a call a patch that does not divide the images, or
-        images of another size than the positions are for.
+      ValueError: for an unknown name, layers that do not fit the depth; at a call, for a patch that does not divide
+        the images, or images of another size than the positions are for.
     """
 
     classes: int

@@ -1,5 +1,7 @@
 """The encoder against plain numpy, its padding, its heads and sentence embeddings, and its messages."""
 
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,11 @@ def test_roberta_counts_positions_from_its_padding_token_on(side):
     places = np.where(mask, 1 + np.cumsum(mask, axis=1), 1)  # the padding has the row of its own number
     expected = numpy_models.bert(params, tokens, TYPES, mask, places, heads=2, epsilon=1e-12)
     np.testing.assert_allclose(run(model, params, tokens, types=TYPES), expected, rtol=2e-4, atol=2e-4)
+    hidden = mask.copy()
+    hidden[0, 2] = 0  # a mask hides a token, but its place still counts
+    expected = numpy_models.bert(params, tokens, TYPES, hidden, places, heads=2, epsilon=1e-12)
+    found = run(model, params, tokens, types=TYPES, mask=hidden)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_padding_is_not_seen():
@@ -72,6 +79,8 @@ def test_sentence_embeddings_are_means_over_the_mask_of_unit_length():
     np.testing.assert_allclose(
         unit, means / np.linalg.norm(means, axis=1, keepdims=True), rtol=1e-3, atol=1e-4
     )
+    lazy = MappingProxyType(params)  # a mapping that is no pytree
+    np.testing.assert_array_equal(sentence_embeddings(model, lazy, TOKENS, MASK, normalise=False), raw)
     first = sentence_embeddings(model, params, TOKENS, MASK, pool="first", normalise=False)
     np.testing.assert_allclose(first, hidden[:, 0], rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="unknown pool 'max'"):

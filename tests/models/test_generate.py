@@ -1,5 +1,7 @@
 """Generated tokens are those of running the whole sequence again, for every family."""
 
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,55 @@ def test_pieces_of_any_length_give_the_logits_of_the_whole():
         np.testing.assert_allclose(logits, expected[:, offset - 1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_sequence_ends_with_its_stop():
+    model, params = start(**LLAMA, depth=1, max_length=20)
+    free = np.asarray(generate(model, params, PROMPT, 6))[:, 3:]
+    stop = int(free[0, 1])
+    found = np.asarray(generate(model, params, PROMPT, 6, stop=stop))[:, 3:]
+    for row, wanted in zip(found, free, strict=True):
+        ends = np.flatnonzero(wanted == stop)
+        length = ends[0] if len(ends) else 6
+        np.testing.assert_array_equal(row[:length], wanted[:length])
+        assert (row[length:] == stop).all()
+    assert (found != free).any()
+
+
+def test_the_cache_has_the_dtype_of_the_hidden_states(monkeypatch):
+    model, params = start(**LLAMA, depth=1)
+    dtypes = []
+
+    def record(*args):
+        dtypes.append(args[-1])
+        return init_cache(*args)
+
+    monkeypatch.setitem(generate.__globals__, "init_cache", record)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    generate(model, half, PROMPT, 1)
+    generate(model.clone(dtype="bfloat16"), params, PROMPT, 1)
+    assert dtypes == [jnp.bfloat16, jnp.bfloat16]
+
+
+def test_lazy_parameters():
+    model, params = start(**LLAMA, depth=1)
+    expected = generate(model, params, PROMPT, 2)
+    np.testing.assert_array_equal(generate(model, MappingProxyType(params), PROMPT, 2), expected)
+
+
+def test_a_cache_takes_no_more_tokens_than_it_has_places():
+    model, params = start(**LLAMA, depth=1, max_length=20)
+    cache = init_cache(model, 2, 5)
+    with pytest.raises(ValueError, match="3 positions after 3 exceed the cache's capacity of 5"):
+        advance(model, params, PROMPT, cache, 3)
+    with pytest.raises(ValueError, match="sequences of 21 tokens exceed max_length=20"):
+        advance(model, params, PROMPT, cache, 18)
+
+
+def test_tokens_may_be_traced():
+    model, params = start(**LLAMA, depth=1)
+    traced = jax.jit(lambda tokens: generate(model, params, tokens, 2))(PROMPT)
+    np.testing.assert_array_equal(traced, generate(model, params, PROMPT, 2))
+
+
 def test_the_cache_has_the_heads_of_each_block_and_the_dtype():
     model, _ = start(**CASES["shrunk"])
     cache = init_cache(model, 3, 5, "bfloat16")
@@ -80,6 +131,9 @@ def test_one_compilation_serves_every_temperature():
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
         ({"temperature": 1.0}, "temperature=1.0 draws tokens at random and needs a key"),
         ({"tokens": TOKENS[:, :0]}, r"must be \(batch, length > 0\), got shape \(2, 0\)"),
+        ({"tokens": TOKENS + 1}, "a token to go on from must be from 0 to 10, got 11"),
+        ({"tokens": -TOKENS}, "a token to go on from must be from 0 to 10, got -"),
+        ({"stop": 11}, "stop must be from 0 to 10, got 11"),
         ({"model": build("encoder", 3)}, "only a Transformer generates tokens, got Encoder"),
     ],
 )

@@ -66,6 +66,34 @@ def test_block_is_pre_norm_and_residual():
     np.testing.assert_allclose(model.apply(variables, x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (-1, True), (2, False)])
+def test_windows_that_make_no_sense(window, causal):
+    with pytest.raises(ValueError, match=f"window={window} of .* must be at least 1, and the layer causal"):
+        blocks.Attention(width=8, heads=2, causal=causal, window=window)
+
+
+def test_a_mask_beside_a_cache_is_refused():
+    cache = {name: jnp.zeros((1, 4, 2, 4)) for name in ("key", "value")}
+    model = blocks.Attention(width=8, heads=2, causal=True)
+    with pytest.raises(ValueError, match="attention with a cache .* takes no mask"):
+        model.init(jax.random.key(0), tokens(1, 3, 8), mask=jnp.ones((1, 3), bool), cache=cache)
+
+
+def test_a_vit_without_classes_gives_its_pooled_tokens_and_knows_the_size_of_its_images():
+    x = tokens(2, 8, 8, 3)
+    model = build("vit", 4, depth=1, width=8, heads=2, pool="token")
+    variables = start(model, x)
+    body = model.clone(classes=0)
+    assert body.parts() == model.parts()[:-1]
+    variables_of_body = {"params": {name: variables["params"][name] for name in body.parts()}}
+    state = body.apply(variables_of_body, x)
+    assert state.shape == (2, 8)
+    expected = model.apply(variables, x)
+    np.testing.assert_allclose(affine(variables["params"]["head"], state), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="images of 10 tokens do not fit the 5 positions of a vit"):
+        model.apply(variables, tokens(2, 12, 12, 3))
+
+
 def test_a_causal_block_does_not_look_ahead():
     x = tokens(1, 6, 8)
     model = blocks.Block(heads=2, hidden_width=8, causal=True)

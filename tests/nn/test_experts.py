@@ -42,6 +42,49 @@ def test_every_row_meets_its_expert(name):
     np.testing.assert_allclose(dk, expected, rtol=1e-3, atol=1e-3)
 
 
+def dense(x, kernel, sizes):
+    """Every row by every expert, of which its own is taken: what JAX differentiates without our help."""
+    owner = jnp.repeat(jnp.arange(len(kernel)), sizes, total_repeat_length=len(x))
+    return jnp.einsum("ri,eif,re->rf", x, kernel, jax.nn.one_hot(owner, len(kernel)))
+
+
+def test_derivatives_are_those_of_a_dense_product():
+    sizes = jnp.array([3, 0, 21])
+    random = np.random.default_rng(0)
+    at, along = (
+        tuple(jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((24, 3), (3, 3, 2)))
+        for _ in range(2)
+    )
+
+    def second(product):
+        slope = jax.grad(lambda args: jnp.sum(product(*args, sizes) ** 3))
+        return jax.jvp(slope, (at,), (along,))  # the gradient, and the Hessian along a direction
+
+    for found, expected in zip(
+        *(jax.tree.leaves(jax.jit(second, static_argnums=0)(f)) for f in (expert_matmul, dense)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_no_rows_have_no_products_and_no_gradient():
+    x, kernel, sizes = jnp.ones((0, 3)), jnp.ones((2, 3, 4)), jnp.zeros(2, int)
+    assert expert_matmul(x, kernel, sizes).shape == (0, 4)
+    dx, dk = jax.grad(lambda *args: expert_matmul(*args, sizes).sum(), (0, 1))(x, kernel)
+    assert dx.shape == (0, 3) and not dk.any()
+
+
+def test_the_gradient_adds_up_in_one_array():
+    """No array of all kernels but the sum: not one for every group."""
+    kernel = jnp.ones((64, 64, 64))
+    sizes = jnp.full(64, 8)
+
+    def slope(x, kernel):
+        return jax.grad(lambda k: expert_matmul(x, k, sizes).sum())(kernel)
+
+    memory = jax.jit(slope).lower(jnp.ones((512, 64)), kernel).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * kernel.nbytes
+
+
 def test_layer_has_biases_and_reads_masks():
     layer, sizes = nn.ExpertDense(2, experts=3), jnp.array([1, 0, 4])
     x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
