@@ -115,9 +115,10 @@ def _paragraph(table: Table, runs: Sequence[Run]) -> str:
     seconds = sum(run.summary.get("seconds", 0.0) for run in hashes.values() if run.summary)
     seeds = sorted({sum(other.row is run.row for other in runs) for run in runs})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    work = "training" if table.function is None else "work"
     return (
         f"{table.about} {rows} rows with {count} seeds, {len(hashes)} runs, {seconds / 60:.1f} minutes of "
-        "training in sum. Shown is the mean ± the sample standard deviation over seeds. A claim *holds* if "
+        f"{work} in sum. Shown is the mean ± the sample standard deviation over seeds. A claim *holds* if "
         "the 95 % interval of the paired difference lies wholly on its side, *does not hold* if it lies "
         "wholly on the other, and is *undecided* otherwise; of a claim made of several comparisons, shown is "
         "the one that decides."
@@ -159,14 +160,14 @@ def _grid(lines: Sequence[Sequence]) -> str:
 
 def _write_csv(table: Table, runs: Sequence[Run], path: pathlib.Path):
     """One line per run, with the table's metrics in raw units."""
-    metrics = [metric.name for metric in table.metrics]
+    metrics = list(dict.fromkeys([*(metric.name for metric in table.metrics), "seconds"]))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         where = ["panel", "label", "series", "x"]
-        writer.writerow([*where, "seed", "config_hash", "status", *metrics, "seconds"])
+        writer.writerow([*where, "seed", "config_hash", "status", *metrics])
         for run in runs:
             summary: Mapping = run.summary or {}
             status = "finished" if run.summary is not None else "failed"
-            values = [summary.get(metric, "") for metric in [*metrics, "seconds"]]
+            values = [summary.get(metric, "") for metric in metrics]
             where = [run.panel.title, run.row.label, run.row.series, run.row.x]
             writer.writerow([*where, run.seed, run.hash, status, *values])
