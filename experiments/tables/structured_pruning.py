@@ -58,7 +58,7 @@ TABLE = Table(
     base=compression.base(),
     panels=(
         Panel(
-            "Loss over sparsity", rows(), seeds=3, overrides={"repeats": 10},
+            "Loss over sparsity", rows(), seeds=3, overrides={"repeats": 100},
         ),
     ),
     claims=(

@@ -89,7 +89,7 @@ class Files:
     """
 
     def __init__(self, folder: Path, family: Family):
-        self.folder, self._open = folder, {}
+        self.folder, self._headers = folder, {}  # {file: {name in the file: (dtype, shape)}}
         self._names = {}  # name -> (file, name in the file)
         for file, tensors in self._files().items():
             for tensor in tensors:
@@ -121,16 +121,17 @@ class Files:
     def header(self, name: str) -> tuple[str, tuple[int, ...]]:
         """The dtype, as safetensors calls it, and the shape of a tensor, without reading it."""
         file, tensor = self._names[name]
-        part = self._open[file].get_slice(tensor)
-        return part.get_dtype(), tuple(part.get_shape())
+        return self._headers[file][tensor]
 
     def read(self, name: str, part: tuple[int, int] = (0, 1)) -> np.ndarray:
         """Part k of n equal parts of a tensor's last axis."""
         file, tensor = self._names[name]
-        if part == (0, 1):
-            return self._open[file].get_tensor(tensor)
-        width = self.header(name)[1][-1] // part[1]
-        return self._open[file].get_slice(tensor)[..., part[0] * width : (part[0] + 1) * width]
+        # opened anew each time: what was read through a mapping stays in memory for as long as it is open
+        with safetensors.safe_open(self.folder / file, framework="np") as opened:
+            if part == (0, 1):
+                return opened.get_tensor(tensor)
+            width = self.header(name)[1][-1] // part[1]
+            return opened.get_slice(tensor)[..., part[0] * width : (part[0] + 1) * width]
 
     def _files(self) -> dict[str, list[str]]:
         """The tensors of every file of weights."""
@@ -158,8 +159,12 @@ class Files:
     def _tensors(self, file: str) -> list[str]:
         path = self.folder / file
         try:
-            self._open[file] = safetensors.safe_open(path, framework="np")
-            return list(self._open[file].keys())
+            with safetensors.safe_open(path, framework="np") as opened:
+                slices = {tensor: opened.get_slice(tensor) for tensor in opened.keys()}  # noqa: SIM118
+                self._headers[file] = {
+                    tensor: (each.get_dtype(), tuple(each.get_shape())) for tensor, each in slices.items()
+                }
+            return list(self._headers[file])
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{str(path)!r} is not a sound safetensors file: {error}") from error
 
