@@ -6,15 +6,21 @@ from experiments.compression import BITS, DAMAGE, QUICK, REACHED, SECONDS
 from experiments.tables import Panel, Row, Table
 
 GROUPS = {"pattern": "block:16x1", "sparsity": 0.5}
-UNTUNED = {"block_epochs": 0, "epochs": 0}
+# The paper's rates were not to be had; these train a model of this size.
+TUNED = {"scope": "row", "block_epochs": 20, "weight_rate": 3e-3, "epochs": 4, "tune_rate": 1e-3}
 ROWS = {
     "dense": {"method": "dense", "sparsity": None},
-    "W4S50": {"method": "gqsa", **GROUPS},
-    "W4S50, stage 1": {"method": "gqsa", "options": {"epochs": 0}, **GROUPS},
-    "W4S50, untuned": {"method": "gqsa", "options": UNTUNED, **GROUPS},
-    "S50": {"method": "group_pruning", **GROUPS},
+    "W4S50": {"method": "gqsa", "options": TUNED, **GROUPS},
+    "W4S50, stage 1": {"method": "gqsa", "options": {**TUNED, "epochs": 0}, **GROUPS},
+    "W4S50, untuned": {"method": "gqsa", "options": {**TUNED, "block_epochs": 0, "epochs": 0}, **GROUPS},
+    "S50": {"method": "group_pruning", "options": {"scope": "row"}, **GROUPS},
     "2:4": {"method": "sparsegpt", "pattern": "2:4"},
-    "W2, tuned": {"method": "gqsa", "options": {"bits": 2}, "pattern": "block:16x1", "sparsity": 0.0},
+    "W2, tuned": {
+        "method": "gqsa",
+        "options": {**TUNED, "bits": 2},
+        "pattern": "block:16x1",
+        "sparsity": 0.0,
+    },
     "W2": {"method": "rtn", "options": {"bits": 2}, "sparsity": 0.0},
     "W4": {"method": "rtn", "options": {"bits": 4}, "sparsity": 0.0},
 }
@@ -31,7 +37,7 @@ TABLE = Table(
         "C. Zeng et al.: GQSA: group quantization and sparsity for accelerating large language model inference, 2024",
     ),
     about=compression.ABOUT
-    + "Groups are 16 inputs of one output. W4S50 drops half of the groups and rounds the rest to four "
+    + "Groups are 16 inputs of one output. W4S50 drops half of the groups of every output and rounds the rest to four "
     "bits; stage 1 trains weights and scales block by block, stage 2 scales and zeros on the loss. 2:4 is SparseGPT with "
     "float32 weights, W2 and W4 round to the nearest of groups of 16.",
     base=compression.base(),
