@@ -21,6 +21,7 @@ import sys
 from absl import app, flags, logging
 
 from experiments import compression_session
+from experiments.arguments import parse
 from sparsejax.allocator import keep_freed_memory
 
 _MODEL = flags.DEFINE_string("model", None, "The folder of the model.")
@@ -95,15 +96,6 @@ def main(arguments):
         begins = "goes on after the last finished block" if kept else "begins anew"
         print(f"stopped; the same command {begins}", file=sys.stderr)
         sys.exit(130)
-
-
-def parse(arguments):
-    """The flags; a mistake in them ends with status 2."""
-    try:
-        return flags.FLAGS(arguments)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

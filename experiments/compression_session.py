@@ -61,9 +61,7 @@ def open_model(folder, dtype: str | None = None) -> Source:
     """
     folder = Path(folder).expanduser()
     path = folder / huggingface.CONFIG
-    if not path.is_file():
-        raise ValueError(f"{str(folder)!r} holds no {huggingface.CONFIG}")
-    config = read_json(path)
+    config = read_json(path) if path.is_file() else {}
     if "optimizer" in config:
         model, params = _of_run(folder, config)
         source = Source(model, params, _like(model), None, None)

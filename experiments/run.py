@@ -21,6 +21,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.arguments import parse
 from sparsejax import training
 from sparsejax.allocator import keep_freed_memory
 from sparsejax.training.deploy import deploy
@@ -64,23 +65,6 @@ def main(arguments):
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def parse(arguments):
-    """The flags, with one sentence for a mistake in them and for a field that the configuration file does not have."""
-    try:
-        return flags.FLAGS(arguments)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (AttributeError, KeyError) as error:
-        cause = error.args[0]
-        field = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())
-        hint = (
-            "write it into a copy of the file, or replace a whole section: --config.method=\"{'name': ...}\""
-        )
-        print(f"error: the configuration has no field {field}; {hint}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
