@@ -206,6 +206,7 @@ def _step(value, rates, latents, state, fixed, batch):
 
 
 def kernels_of(params, names: Iterable[str]) -> dict:
+    """{path: leaf} of the leaves under these paths; ValueError for one that is not there."""
     found = {}
     map_with_name(lambda name, leaf: found.update({name: leaf}) if name in names else None, params)
     missing = [name for name in names if name not in found]
