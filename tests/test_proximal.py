@@ -298,6 +298,7 @@ def test_jit_vmap_and_traced_arguments():
     np.testing.assert_allclose(rows[2], wgsef_factors(jnp.abs(v[2]), 0.5, 4), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives():
     """Of the prox against finite differences in float64 by sorting; of the value against (v - prox) / lam."""
     rng = np.random.default_rng(7)

@@ -182,6 +182,7 @@ def test_rounds_are_nested():
     assert jax.tree.all(inside) and sparsity(early) < sparsity(late)
 
 
+@pytest.mark.slow
 def test_synflow_does_not_collapse_where_one_shot_scores_do():
     """A six-layer MLP at compression 10^3 (Tanaka et al. 2020, figure 1)."""
     params = network((64, 100, 100, 100, 100, 100, 10))

@@ -165,6 +165,7 @@ def test_smaller_cnn():
     }
 
 
+@pytest.mark.slow
 def test_smaller_resnet():
     """12 of the 28 inner channels stay; the streams keep 4, 8 and 16."""
     model, variables, x, _ = ready("resnet")
@@ -182,6 +183,7 @@ def test_smaller_resnet():
     )
 
 
+@pytest.mark.slow
 def test_smaller_wide_resnet():
     smaller, fewer, x = removed("wide_resnet", 20, 30, 40, 10)
     assert (smaller.stem, smaller.inner) == (10, (20, 30, 40))

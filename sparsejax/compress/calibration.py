@@ -259,7 +259,7 @@ class _Runner:
                 )
         if not _finite(kernel):
             raise ValueError(f"the weights of {name} are not finite")
-        with _naming(name) as notes:
+        with naming(name) as notes:
             new, mask = self._prune(name, jnp.asarray(kernel).astype(jnp.float32), stats)
         new = jnp.where(mask, new, 0).astype(kernel.dtype)
         if not _finite(new):
@@ -333,7 +333,7 @@ def _report(asked: dict, stream: Stream, layers: dict) -> dict:
 
 
 @contextmanager
-def _naming(layer: str):
+def naming(layer: str):
     """Puts the layer's name before what methods warn of or raise; gives the list of those warnings."""
     notes = []
     with warnings.catch_warnings(record=True) as caught:

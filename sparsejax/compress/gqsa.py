@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from sparsejax.compress.base import SCOPES, Compressed, Layerwise, Whole, is_traced, masked, select
-from sparsejax.compress.calibration import _naming
+from sparsejax.compress.calibration import naming
 from sparsejax.compress.gqsa_stages import bqpo, e2e_oqp, kernels_of
 from sparsejax.compress.objectives import check_distil, objective
 from sparsejax.compress.quantise import Quantised, check, check_bits
@@ -199,7 +199,7 @@ def _look(stream: Stream, part: str, tree, pruning: Layerwise, sparsity: float, 
     masks = {}
     for path, kernel in kernels_of(tree, found).items():
         kernel = jnp.asarray(kernel).astype(jnp.float32)
-        with _naming(f"{part}/{path}") as notes[f"{part}/{path}"]:
+        with naming(f"{part}/{path}") as notes[f"{part}/{path}"]:
             masks[path] = pruning.prune(kernel, stats[found[path].source], sparsity, pattern)[1]
     batches, start = [], 0
     for inputs in stream.batches():

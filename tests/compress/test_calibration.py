@@ -266,6 +266,7 @@ def test_statistics_of_a_dense_pass():
         np.testing.assert_allclose(block.stats["mlp/up/kernel"]["variance"], x.var(0), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_does_not_count():
     model = Encoder(classes=0, vocabulary=32, depth=1, width=16, heads=4, hidden=32, max_length=24, pad=0)
     tokens = np.maximum(TOKENS, 1)
@@ -280,6 +281,7 @@ def test_padding_does_not_count():
         assert one.stats[path]["count"] == other.stats[path]["count"] == 6 * 15
 
 
+@pytest.mark.slow
 def test_vision_transformers():
     model = VisionTransformer(classes=3, patch=4, width=16, depth=2, heads=4, mlp_ratio=2)
     images = np.asarray(jax.random.normal(jax.random.key(0), (4, 8, 8, 1)))
@@ -294,6 +296,7 @@ def test_vision_transformers():
 # --- experts -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_experts_are_pruned_by_the_tokens_routed_to_them():
     params = initial(EXPERTS)
     result = run(model=EXPERTS, params=params)

@@ -122,6 +122,7 @@ def test_counts_values_and_the_running_error(pattern):
     assert np.abs(found.after).sum() < np.abs(found.before).sum()
 
 
+@pytest.mark.slow
 def test_each_swap_brings_the_error_down_unless_it_crosses_zero():
     crossed = 0
     for seed in range(5):
@@ -195,6 +196,7 @@ def test_a_first_method_that_changes_weights_keeps_what_it_changed():
     np.testing.assert_allclose((kernel - found).T @ stats["mean"], result.after, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_skipped_layers_are_left_to_the_initial_method_and_errors_are_reported():
     model = Transformer(classes=11, depth=1, width=16, heads=2, mlp_ratio=2, max_length=8)
     tokens = np.random.default_rng(0).integers(0, 11, (4, 8))

@@ -85,6 +85,7 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(dense, other):
     np.testing.assert_allclose(both(dense, other, kind="loss"), [-x.mean() for x in picked], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [0, 3])
 def test_every_level_is_the_layer_pruned_on_its_own(experts):
     """Stitched at mixed levels: the kernels of `prune_layers` with that allocation, and its masks."""
@@ -102,6 +103,7 @@ def test_every_level_is_the_layer_pruned_on_its_own(experts):
     assert len(database.units) == 4 + 2 * max(1, experts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, magnitude(scope="layer")])
 def test_the_total_is_exact_at_every_generation(dense, method):
     model, params = dense
@@ -135,6 +137,7 @@ def run_block(params, hidden, block):
     return block.apply({"params": params}, hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [0, 2])
 def test_depth_search_finds_the_exhaustive_optimum(experts):
     """One attention and one network of three each: 9 models, each shrunk and run on its own."""
@@ -177,6 +180,7 @@ def test_depth_search_finds_the_exhaustive_optimum(experts):
     assert found.masks is None and 0 < found.report["sparsity"] < 1
 
 
+@pytest.mark.slow
 def test_bits_change_place_among_layers_of_equal_size(dense):
     model, params = dense
     found = evopress(lambda bits: rtn(bits=bits, group=8), search="bits", bits=3, widths=(2, 5), **SHORT).run(
@@ -193,6 +197,7 @@ def test_bits_change_place_among_layers_of_equal_size(dense):
     assert set(found.report["units"].values()) != {3}
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_its_folder(dense, tmp_path):
     def run(generations, folder=None):
         options = {**SHORT, "generations": generations, "levels": 2, "folder": folder}
@@ -228,6 +233,7 @@ def test_levels_behind_the_uniform_level(dense):
     assert np.any(flatten(plain.params)[second] != flatten(expected.params)[second])
 
 
+@pytest.mark.slow
 def test_kernels_of_other_dtypes_keep_them():
     model, params = model_of(depth=1, kv_heads=1, tied=True)
     params = map_with_name(lambda name, x: x if "out/kernel" in name else x.astype(jnp.bfloat16), params)

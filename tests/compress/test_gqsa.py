@@ -64,6 +64,7 @@ def apply(params, x):
     return jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"]) @ params["down"]["kernel"]
 
 
+@pytest.mark.slow
 def test_stage_1_begins_with_rounding_and_ends_no_worse():
     params, masks, batches = tiny()
     start = bqpo(apply, params, masks, batches, bits=3, group=2, epochs=0)
@@ -112,6 +113,7 @@ def test_stage_2_leaves_codes_and_masks():
 MODEL = Transformer(classes=11, depth=2, width=16, heads=2, mlp_ratio=2, max_length=8)
 
 
+@pytest.mark.slow
 def test_a_model_dense_and_packed(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 11, (6, 8))
     params = jax.jit(MODEL.init)(jax.random.key(0), tokens)["params"]
@@ -147,6 +149,7 @@ def outputs_of(params, hidden):
     return MODEL.block(0).apply({"params": params}, hidden)
 
 
+@pytest.mark.slow
 def test_stage_1_of_a_block_sees_the_compressed_blocks_before():
     """Both losses of untrained blocks by hand: inputs and targets of the second come behind the compressed first."""
     tokens = np.random.default_rng(0).integers(0, 11, (6, 8))
@@ -162,6 +165,7 @@ def test_stage_1_of_a_block_sees_the_compressed_blocks_before():
         hidden = new
 
 
+@pytest.mark.slow
 def test_bfloat16_packed_is_what_was_trained():
     """Grouped keys and a tied head, too; packed or not, weights and losses are the same bits."""
     model = Transformer(
@@ -218,6 +222,7 @@ def test_what_cannot_be_is_said_before_any_work():
         run(MODEL)
 
 
+@pytest.mark.slow
 def test_many_bits_and_no_sparsity_are_the_model_itself():
     tokens = np.random.default_rng(0).integers(0, 11, (6, 8))
     params = jax.jit(MODEL.init)(jax.random.key(0), tokens)["params"]

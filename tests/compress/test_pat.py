@@ -70,6 +70,7 @@ def logits(model, params):
     return jax.jit(lambda params: model.apply({"params": params}, TOKENS))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keywords",
     [{}, {"experts": 3}, {"positions": "learned", "gated": False}, {"layers": ({"heads": 0}, {"hidden": 0})}],
@@ -207,6 +208,7 @@ def test_untied_is_the_same_function():
     assert "head" in other_params and not other.tied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["learned", "fixed"])
 def test_a_run_removes_the_asked_channels(dense, mask):
     model, params = dense
@@ -232,6 +234,7 @@ def test_sparsity_zero_leaves_the_model_as_it_is(dense):
     chex.assert_trees_all_equal(found.params, dense[1])
 
 
+@pytest.mark.slow
 def test_bfloat16_stays():
     model, params = model_of(kv_heads=1, tied=True)
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(jnp.bfloat16)), params)

@@ -26,6 +26,7 @@ def gradients(step):
     return {"k": jnp.asarray(np.random.default_rng(step).normal(size=(8, 6)), jnp.float32)}
 
 
+@pytest.mark.slow
 def test_with_a_codeword_for_each_weight_the_p_step_is_adam():
     book = kmeans(KERNEL, codewords=48)
     tuning = pv_optimizer(value_rate=1e-2, code_rate=0.0)
@@ -175,6 +176,7 @@ def next_token(params):
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
 
 
+@pytest.mark.slow
 def test_without_epochs_it_is_kmeans():
     params = attention()
     found = pv_tuning(codewords=4, dim=2, epochs=0).run(ATTENTION, params, TOKENS, 0.0, progress=False)
@@ -189,6 +191,7 @@ def test_without_epochs_it_is_kmeans():
     assert all(0.1 < layer["error"] < 1 for layer in found.report["layers"].values())
 
 
+@pytest.mark.slow
 def test_with_a_codeword_for_each_weight_it_is_adam():
     params, adam = attention(), optax.adam(1e-2, 0.9, 0.95)
     settings = dict(codewords=64, code_rate=0.0, value_rate=1e-2, epochs=3)
@@ -211,6 +214,7 @@ def test_with_a_codeword_for_each_weight_it_is_adam():
         np.testing.assert_allclose(flatten(found.params)[name], kernel, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distil", [None, {"k": 3}])
 def test_training_lowers_what_it_is_trained_on(distil):
     params = attention()
@@ -223,6 +227,7 @@ def test_training_lowers_what_it_is_trained_on(distil):
     assert min(losses) == pytest.approx(float(reached), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_is_its_own_teacher():
     params = attention()
     settings = dict(codewords=64, epochs=0, distil={"k": 2})
@@ -233,6 +238,7 @@ def test_a_model_is_its_own_teacher():
         np.testing.assert_allclose(leaf, 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_with_grouped_keys_and_a_tied_head():
     model = Transformer(11, depth=1, width=8, heads=4, kv_heads=2, hidden=8, max_length=8, tied=True, bias=())
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]

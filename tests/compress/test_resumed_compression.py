@@ -33,6 +33,7 @@ def whole():
 STEPS = [(os, "fsync"), (os, "replace"), (Path, "unlink"), (safetensors.numpy, "save_file")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
 def test_an_interruption_at_any_step_of_writing_changes_no_bit(

@@ -39,6 +39,14 @@ def test_of_one_batch():
     check(statistics.of(statistics.NAMES, jnp.asarray(X)), X)
 
 
+@pytest.mark.parametrize("width", [1024, 1100])
+def test_a_gram_matrix_of_several_strips(width):
+    x = np.random.default_rng(1).normal(size=(2, 40, width)).astype(np.float32) + 0.5
+    flags = np.arange(80).reshape(2, 40) % 3 > 0
+    gram = statistics.of(("gram",), jnp.asarray(x), jnp.asarray(flags))["gram"]
+    np.testing.assert_allclose(gram, expected(x, flags)["gram"], rtol=2e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("cuts", [(2,), (1, 3, 5)])
 def test_updates_equal_one_batch(cuts):
     stats = statistics.init(statistics.NAMES, 4)

@@ -43,6 +43,7 @@ def error_of_up(model, params, tokens):
     return found["mlp/up/kernel"], *kernels
 
 
+@pytest.mark.slow
 def test_errors_of_experts_are_those_over_all_experts():
     model = Transformer(classes=32, experts=3, gated=True, **TINY)
     params = initial(model)
@@ -81,6 +82,7 @@ def test_it_advances_in_its_own_memory():
     np.testing.assert_array_equal(memory, expected)
 
 
+@pytest.mark.slow
 def test_a_tied_model_with_grouped_heads():
     model = Transformer(classes=32, tied=True, kv_heads=2, positions="rotary", **TINY)
     params = initial(model)

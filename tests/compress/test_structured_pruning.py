@@ -115,6 +115,7 @@ def test_what_is_left_are_the_largest_scores_unchanged(name):
     jax.tree.map(np.testing.assert_array_equal, found.params["block_1"], expected["block_1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [wanda_sp(), flap(), cfsp(), ziplm(evaluations=2, sequences=2, ratio=0.5), slicegpt(multiple=2)]
 )

@@ -40,6 +40,7 @@ def symmetric(rng, n):
     return space
 
 
+@pytest.mark.slow
 def test_coactivation_counts_the_tokens_that_two_experts_share(dense):
     """The hidden states of a block by hand, every token's two best experts by a loop."""
     model, params = dense
@@ -145,6 +146,7 @@ def duplicated(params, source, copy):
     return {**params, "block_0": {**params["block_0"], "mlp": mlp}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [0, 9])
 def test_a_duplicated_expert_goes_without_a_trace(dense, average):
     """Its router column is at distance 0. With one expert per token, the twin that is left takes its tokens."""
@@ -183,6 +185,7 @@ def test_the_expert_nearest_to_the_mean_or_the_mean_stays(dense):
     chex.assert_trees_all_equal(mean["block_1"], params["block_1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.4, 0.513])
 @pytest.mark.parametrize("allocation", ["uniform", lambda model, params, tokens, s: spread(params, s)])
 def test_the_total_counts_removed_experts(dense, sparsity, allocation):
@@ -245,6 +248,7 @@ def test_identity(dense):
     chex.assert_trees_all_equal(same, params)
 
 
+@pytest.mark.slow
 def test_bfloat16_with_grouped_keys_and_a_tied_head_is_deterministic(dense):
     model = dense[0].clone(depth=1, kv_heads=1, tied=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]

@@ -104,6 +104,7 @@ def watched(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_times_are_those_of_the_dtype_of_the_parameters(watched):
     model = MODEL.clone(depth=1, heads=1, hidden=2, norm="rms", bias=())
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), noisy(model))

@@ -5,6 +5,7 @@ import pytest
 from sparsejax.data.sentences import sentences
 
 
+@pytest.mark.slow
 def test_sentences_of_the_standard_library():
     train, test = sentences("train", 300, 0), sentences("test", 200, 0)
     assert len(set(train)) == 300 and len(set(test)) == 200

@@ -66,6 +66,7 @@ def test_the_new_folder_holds_the_compressed_model_and_says_so(folder, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # nothing is left beside it
 
 
+@pytest.mark.slow
 def test_a_written_folder_can_be_compressed_again(folder, tmp_path):
     run(folder, tmp_path / "once")
     again = run(tmp_path / "once", tmp_path / "twice", pattern="2:4", sparsity=None, method="magnitude")
@@ -127,6 +128,7 @@ def small(tmp_path_factory):
 SEARCH = {"method": "magnitude", "generations": 1, "offspring": 2, "stages": ((1, 16),)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes", "kind"),
     [
@@ -155,6 +157,8 @@ def test_methods_that_see_the_whole_model(small, tmp_path, method, changes, kind
     assert "None" not in card
     if "format" in changes:
         assert summary["packed_bytes"] < summary["dense_bytes"]
+    if method not in ("slicegpt", "ziplm"):
+        return  # one folder of each kind is enough to compress again
     once_more = run(tmp_path / "out", tmp_path / "more", method="wanda", sparsity=0.75)
     assert once_more["sparsity_reached"] > 0.7  # the floor of what was asked, for every output
 
@@ -166,8 +170,11 @@ def test_a_format_that_does_not_fit_costs_no_model(folder, tmp_path):
     assert not (tmp_path / "out" / "packed.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_row_of_a_table(tmp_path):
-    config = tables.override(compression.base(), {**compression.QUICK, "decoder.optimizer.warmup_steps": 0, "decoder.steps": 2})
+    config = tables.override(
+        compression.base(), {**compression.QUICK, "decoder.optimizer.warmup_steps": 0, "decoder.steps": 2}
+    )
     config = tables.override(config, {"method": "flap", "sparsity": 0.5, "repeats": 2})
     summary = compression.run(config, tmp_path / "row")
     assert summary == json.loads((tmp_path / "row" / "summary.json").read_text())
@@ -217,6 +224,7 @@ def test_only_decoders(tmp_path):
         run(tmp_path / "bert", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_way_of_finished_blocks_is_kept(folder, tmp_path):
     (tmp_path / "out.resume").mkdir()
     (tmp_path / "out.resume" / "mine.txt").write_text("mine")

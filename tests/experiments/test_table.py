@@ -170,6 +170,7 @@ def test_a_truncated_summary_is_run_again(regenerate):
     assert counter.runs == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_failed_runs_are_reported_and_the_rest_continue(regenerate, jobs, capsys):
     runs = regenerate(fail_on_seed_1, jobs=jobs)
@@ -191,6 +192,7 @@ def test_a_killed_worker_fails_only_its_run(regenerate):
     assert all(run.summary for run in runs if run is not runs[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
 def test_workers_are_reused_and_pinned(regenerate):
     mine = os.sched_getaffinity(0)

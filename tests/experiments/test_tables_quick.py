@@ -34,7 +34,7 @@ def test_quick(name, tmp_path):
             encoder_folder()
         except FileNotFoundError as error:
             pytest.skip(str(error))
-    assert table.main([f"--table={name}", "--quick", f"--workdir={tmp_path}", "--jobs=2"]) == 0
+    assert table.main([f"--table={name}", "--quick", f"--workdir={tmp_path}"]) == 0
     folder = tmp_path / "quick-results"
     page = (folder / f"{name}.md").read_text()
     quick = tables.load(name)

@@ -33,6 +33,7 @@ def test_bitmap_layout(seed, rows, columns, density):
     assert packed.nbytes == 4 * mask.sum() + -(-mask.size // 8)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 11), DENSITY)
 def test_csr_layout_is_that_of_scipys_transposed(seed, rows, columns, density):

@@ -294,6 +294,7 @@ def test_packing_inside_jit_is_one_sentence(format):
             jax.jit(function)(w, mask)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_any_shape_and_pattern(data):
@@ -358,8 +359,12 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SHARDING], env=env, capture_output=True, text=True, timeout=600
     )

@@ -79,6 +79,7 @@ def test_jax_sparse(format, dtype):
     )
 
 
+@pytest.mark.slow
 def test_duplicates_and_padding_of_bcoo():
     indices = jnp.array([[1, 2], [0, 1], [1, 2], [2, 3]])  # out of bounds is padding
     matrix = sparse.BCOO((jnp.array([1.0, 2.0, 4.0, 9.0], jnp.bfloat16), indices), shape=(2, 3))

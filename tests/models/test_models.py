@@ -66,6 +66,7 @@ def start(name, **kw):
     return model, x, jax.jit(model.init)(jax.random.key(0), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_masks_and_statistics(name):
     model, x, variables = start(name)

@@ -72,11 +72,12 @@ class InMemory:
     storage_offset = size = stride = set_ = copy_ = lambda self, *args: None
 
 
-def assert_prints_same(program: str, **environment):
-    """Fails unless a Python program, run from the repository's root in a process of its own, prints "same"."""
+def assert_prints_same(program: str, devices: int = 8, **environment):
+    """Fails unless a Python program, run in a process of its own with so many CPU devices, prints "same"."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | environment,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment,
         capture_output=True,
         text=True,
         timeout=600,

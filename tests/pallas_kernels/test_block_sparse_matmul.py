@@ -151,6 +151,7 @@ SHAPES = {
 CASES = [(name, batch, block) for name, shapes in SHAPES.items() for batch, block in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("name", "batch", "block"), CASES)
 def test_kernels_equal_the_reference(name, batch, block, dtype):

@@ -22,6 +22,7 @@ def masked(draw):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_products(implementation):
     draw = np.random.default_rng(0)

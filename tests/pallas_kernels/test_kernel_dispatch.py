@@ -126,11 +126,11 @@ MADE = 'jax.make_mesh((4, 2), ("data", "model"))'
 SHARDED_EXPLICIT = SHARDED.replace('Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))', MADE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [SHARDED, SHARDED_EXPLICIT, SHARDED_KERNELS + ROWS_STAY],
     ids=["xla", "explicit axes", "kernels"],
 )
 def test_sharded_equals_unsharded(program):
-    flags = "--xla_force_host_platform_device_count=8"
-    assert_prints_same(program + "print('same')", XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    assert_prints_same(program + "print('same')")

@@ -59,7 +59,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["shard_map", "explicit axes"])
 def test_equal_to_one_device(where):
-    flags = "--xla_force_host_platform_device_count=2"
-    assert_prints_same(f"WHERE = {where!r}\n" + PROGRAM, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    assert_prints_same(f"WHERE = {where!r}\n" + PROGRAM, devices=2)

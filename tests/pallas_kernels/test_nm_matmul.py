@@ -327,7 +327,7 @@ print("same")
 
 def test_the_triton_kernel_equals_the_reference():
     pytest.importorskip("triton")
-    assert_prints_same(TRITON, TRITON_INTERPRET="1")  # read when Triton is imported
+    assert_prints_same(TRITON, devices=1, TRITON_INTERPRET="1")  # read when Triton is imported
 
 
 def test_triton_says_why_it_cannot_run():

@@ -14,6 +14,7 @@ from test_sparse_decode_attention import make_bitmap
 from pallas_kernels import sparse_decode_attention as decode
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_packing_keeps_the_largest_and_is_exact(data):
@@ -59,7 +60,7 @@ print("same")
 
 def test_bitmap_in_triton_interpreted():
     pytest.importorskip("triton")
-    assert_prints_same(TRITON, TRITON_INTERPRET="1")  # read when Triton is imported
+    assert_prints_same(TRITON, devices=1, TRITON_INTERPRET="1")  # read when Triton is imported
 
 
 def test_bad_packed_caches_are_told_in_one_sentence():

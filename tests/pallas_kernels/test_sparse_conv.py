@@ -102,6 +102,7 @@ def test_patterns(size, block, implementation, dtype):
         assert_close(y, dense(x, kernel, strides, padding), dtype, 2)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=6)
 @given(st.data())
 def test_any_shape(data):
@@ -157,6 +158,7 @@ def operations(implementation=None):
     return (one, one_dense, values), (other, other_dense, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_gradients_equal_autodiff_of_the_dense_convolution(implementation):
     x = images(2, 5, 6, 8)
@@ -169,6 +171,7 @@ def test_gradients_equal_autodiff_of_the_dense_convolution(implementation):
             assert_close(a, b, "float32", 8)
 
 
+@pytest.mark.slow
 def test_gradients_have_gradients():
     x = images(1, 3, 2, 8)
     for ours, _, values in operations():
@@ -274,14 +277,19 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_bench_agrees_with_dense():
     seen = set()
     for case in bench.cases(16):

@@ -157,6 +157,7 @@ def test_bitmap_equals_the_definition_and_so_do_its_gradients(case, monkeypatch)
     check(case, dtype, monkeypatch, scalar, (q, keys.values, values.values))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_softmax():
     """Autodiff of a definition written here, on the unpacked cache."""
     q, keys, values, lengths = make_bitmap(2, 2, 1, 16, 9, (8, 8))
@@ -228,6 +229,7 @@ def test_merged_parts_are_the_whole():
         decode.merge(outs, lses[:2])
 
 
+@pytest.mark.slow
 def test_mapped():
     q, k, v, table, lengths = make_paged(4, 4, 2, 8, 9, 4, 5)
     whole = decode.paged(q, k, v, table, lengths)
@@ -283,8 +285,9 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
-    assert_prints_same(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    assert_prints_same(SHARDED)
 
 
 F32 = np.float32

@@ -241,7 +241,10 @@ print("same")
 
 
 def test_sharded_equals_unsharded():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=600
     )
@@ -317,6 +320,7 @@ def test_bad_input():
     )
 
 
+@pytest.mark.slow
 def test_the_bench_agrees_with_dense():
     for case in bench.cases(24):
         result = bench.run(case, repeats=1)

@@ -97,6 +97,7 @@ def test_gradients(implementation, dtype, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=8), st.floats(-80, 80, width=32))
 def test_pairs_are_exponentials(values, shift):
@@ -114,6 +115,7 @@ def test_pairs_are_exponentials(values, shift):
     np.testing.assert_allclose(np.ldexp(np.float64(folded[0]), int(folded[1])), whole, rtol=2e-6)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=6)
 @given(st.integers(1, 5), st.integers(1, 400), st.floats(0.1, 1000))
 def test_any_shape(rows, columns, scale):
@@ -169,8 +171,9 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
-    assert_prints_same(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    assert_prints_same(SHARDED)
 
 
 @pytest.mark.parametrize(

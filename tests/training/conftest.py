@@ -39,6 +39,9 @@ def tiny_config(**fields):
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
     """Every run compiles its own functions anew; on disk they are found again, also by subprocesses."""
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
     folder = str(tmp_path_factory.mktemp("compiled"))
     values = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     before = {name: getattr(jax.config, name.lower()) for name in values}
@@ -92,7 +95,7 @@ def command():
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(ROOT),
         }
         base = [sys.executable, "-m", "experiments.run", f"--config={config}", f"--workdir={workdir}"]

@@ -30,11 +30,13 @@ def losses(config, before, after, tmp_path, **fields):
     return trained["test_loss"], found["test_loss"]
 
 
+@pytest.mark.slow
 def test_a_support_is_saved_and_not_drawn_again(tiny, tmp_path):
     trained, found = losses(tiny, SLTRAIN, SLTRAIN, tmp_path, seed=1)
     assert found == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(MONARCH, DENSE), (DENSE, FULL_RANK), (SLTRAIN, FULL_RANK)])
 def test_pretrained_layers_are_converted(before, after, tiny, tmp_path):
     trained, found = losses(tiny, before, after, tmp_path)

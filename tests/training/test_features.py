@@ -20,6 +20,7 @@ def test_distance_is_the_mean_over_arrays_of_mean_squares():
     np.testing.assert_allclose(distance(theirs, ours), ((1 + 4) / 2 + 9) / 2)
 
 
+@pytest.mark.slow
 def test_loss_of_a_step_by_hand():
     model = models.build("vit", classes=3, **VIT)
     rng = np.random.default_rng(0)

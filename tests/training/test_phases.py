@@ -143,6 +143,7 @@ def test_controls_differ_only_where_they_should(tiny):
     np.testing.assert_array_equal(weights["learning_rate_rewinding"], trained_weights)
 
 
+@pytest.mark.slow
 def test_interrupted_imp_ends_with_the_same_bits(tiny, tmp_path, crash_after):
     config = imp(tiny, rewind_step=5)
     whole = training.run(config, tmp_path / "a", progress=False)
