@@ -33,12 +33,14 @@ STORED = Metric("parameters_left", "parameters that are stored", 100, 1, "% of d
 SPEEDUP = Metric("speedup", "forward pass, times faster than dense", 1, 2)
 SECONDS = Metric("seconds", "compression", 1, 1, "s")
 QUICK = {
-    "decoder.steps": 60,
+    "decoder.steps": 30,
+    "decoder.optimizer.warmup_steps": 10,
     "decoder.model.depth": 2,
     "decoder.model.width": 32,
     "decoder.model.hidden": 64,
     "decoder.data.size": 100_000,
     "calibration.samples": 8,
+    "calibration.length": 32,
     "evaluation.windows": 8,
 }
 ABOUT = (

@@ -103,6 +103,7 @@ def test_wide_resnet_groups_include_the_stem():
     assert table(ready("wide_resnet")[3]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_zero_group_does_not_care_what_it_feeds(name):
     """The definition, by forward passes: with its own weights zero, the inputs that it feeds are irrelevant."""

@@ -50,6 +50,6 @@ TABLE = Table(
         Claim("At 50 %, SparseGPT keeps a rank correlation of 0.9", greater(label("sparsegpt", 0.5), 0.9, ORDER.name)),
     ),
     metrics=(ORDER, COSINE, Metric("sparsity", "sparsity reached", 100, 2, "%"), Metric("seconds", "compression", 1, 1, "s")),
-    quick={"samples": 32, "held_out": 64},
+    quick={"samples": 16, "held_out": 32},
     function=similarity.run,
 )  # fmt: skip

@@ -116,5 +116,5 @@ TABLE = Table(
               lower(f"SLTrain {RANKS[-1]}", "full rank", by=-0.02)),
     ),
     metrics=(LOSS, ACCURACY, Metric("nonzeros", "parameters", 1, 0)),
-    quick={"steps": 150, "data.size": 1_000_000},
+    quick={"steps": 40, "optimizer.warmup_steps": 10, "data.size": 100_000},
 )  # fmt: skip

@@ -147,7 +147,9 @@ def test_jit(name):
 def test_bad_input(name):
     method = CASES[name][0]
     kernel, stats = layer()
-    with pytest.raises(ValueError, match=r"cannot do the pattern channel \(it can do: .*(block:|unstructured)"):
+    with pytest.raises(
+        ValueError, match=r"cannot do the pattern channel \(it can do: .*(block:|unstructured)"
+    ):
         method.prune(kernel, stats, 0.5, "channel")
     for sparsity in (1.0, -0.1, None):
         with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got"):

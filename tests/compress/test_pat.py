@@ -172,6 +172,7 @@ def test_the_losses():
     assert identity_loss({"x": {"a": a[0]}, "y": {"a": a[1]}}) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keywords",
     [

@@ -186,6 +186,7 @@ def test_failed_runs_are_reported_and_the_rest_continue(regenerate, jobs, capsys
     assert "failed: rigl 0.9, seed 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_worker_fails_only_its_run(regenerate):
     runs = regenerate(die_on_seed_1, jobs=2)
     assert "the worker died with exit code 9" in runs[1].error

@@ -25,17 +25,23 @@ def test_expands(name):
     assert not full.quick or not quick.keys() & configs.keys()
 
 
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """One for all tables: what several of them start from is trained once."""
+    return tmp_path_factory.mktemp("tables")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION_MNIST.exists(), reason="needs the Debian package dataset-fashion-mnist")
 @pytest.mark.parametrize("name", FINISHED)
-def test_quick(name, tmp_path):
+def test_quick(name, workdir):
     if name == "minilm":
         try:
             encoder_folder()
         except FileNotFoundError as error:
             pytest.skip(str(error))
-    assert table.main([f"--table={name}", "--quick", f"--workdir={tmp_path}"]) == 0
-    folder = tmp_path / "quick-results"
+    assert table.main([f"--table={name}", "--quick", f"--workdir={workdir}"]) == 0
+    folder = workdir / "quick-results"
     page = (folder / f"{name}.md").read_text()
     quick = tables.load(name)
     assert all(claim.text.replace("|", "\\|") in page for claim in quick.claims)

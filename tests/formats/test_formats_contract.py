@@ -145,6 +145,7 @@ def test_bytes_are_those_of_the_arrays(format, shape):
         assert packed.compression_ratio == np.asarray(w).nbytes / packed.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "shape", "batch"),
     [(*case, (3,)) for case in GRID] + [(*case, batch) for case in FIRST for batch in ((), (2, 40))],
@@ -190,6 +191,7 @@ def test_products_in_half_precision(format, dtype):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", CASES)
 def test_vmap(format):
     w, mask, packed = example(format, CASES[format][1][0])

@@ -78,6 +78,7 @@ PICKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICKS)
 def test_the_pick_and_its_reason(name):
     shape, mask, format, reason = PICKS[name]

@@ -24,6 +24,7 @@ def whole(model, params, tokens):
     return logits[:, PROMPT.shape[1] - 1 : -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens(case):
     model, params = start(**{**CASES[case], "max_length": 20})

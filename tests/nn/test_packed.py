@@ -109,6 +109,7 @@ def test_gradients_of_the_kept_weights_and_of_the_input():
     np.testing.assert_allclose(found[1], inputs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape", "keywords"),
     [

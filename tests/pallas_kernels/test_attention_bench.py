@@ -7,6 +7,7 @@ import pytest
 from pallas_kernels import bench
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["block_sparse_attention", "softmax", "sparse_decode_attention"])
 def test_benches_agree_with_the_definitions(op):
     assert op in bench.operations()

@@ -107,6 +107,7 @@ def objective(implementation, mask, config):
     return function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_definition_and_so_do_its_gradients(case, monkeypatch):
     shape, causal, soft_cap, dtype = CASES[case]

@@ -48,6 +48,7 @@ def test_products_equal_scipys(implementation, dtype, shape):
     assert_close(y, np.asarray(x, float) @ rounded.toarray(), dtype, 2)
 
 
+@pytest.mark.slow
 def test_cpus_multiply_in_jaxlibs_kernel_and_others_by_the_size(monkeypatch):
     csr = make(40, 30)
 

@@ -24,6 +24,7 @@ def test_operations_are_found_by_their_folders():
     assert {"block_sparse_matmul", "nm_matmul", "sampled_matmul"} <= set(bench.operations())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["block_sparse_matmul", "csr_matmul", "nm_matmul", "sampled_matmul"])
 def test_every_case_agrees_with_dense(op):
     module = importlib.import_module(f"pallas_kernels.{op}.bench")

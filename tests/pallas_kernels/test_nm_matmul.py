@@ -136,6 +136,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype", "batch", "n", "m", "groups", "columns"), CASES)
 def test_kernels_equal_the_reference(name, dtype, batch, n, m, groups, columns):
     _, values, indices = make(n, m, groups, columns)

@@ -134,6 +134,7 @@ BLOCK_SHAPES = {
 BLOCK_CASES = [(name, inner, block) for name, shapes in BLOCK_SHAPES.items() for inner, block in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("name", "inner", "block"), BLOCK_CASES)
 def test_block_kernels_equal_the_reference(name, inner, block, dtype):
@@ -156,6 +157,7 @@ def test_block_kernels_lower_without_a_device(name, inner, block, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("name", "inner"), [("pallas_gpu", 128), ("pallas_tpu", 256)])
 @pytest.mark.parametrize("count", [1, 130])

@@ -80,6 +80,7 @@ def test_pointwise(block, density, implementation, dtype, monkeypatch):
         assert_close(y, dense(x, kernel, pair, padding), dtype, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize(("size", "block"), [((3, 3), None), ((2, 3), 2), ((1, 1), 4)])
@@ -198,6 +199,7 @@ POINTWISE = [(1, 1, 1, 16, 4, 1), (2, 20, 29, 9, 10, 4)]
 PATTERN = [((1, 3, 3, 16, 8, 8), (3, 3), (1, 1)), ((2, 9, 8, 32, 20, 16), (3, 2), (2, 1))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("density", [0.4, 1.0])
 @pytest.mark.parametrize("shape", POINTWISE)
@@ -213,6 +215,7 @@ def test_pointwise_kernels_equal_the_reference(name, shape, density, dtype):
     assert_close(found, reference.pointwise(pixels, values, indices, None), dtype, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("shape", "size", "strides"), PATTERN)
 @pytest.mark.parametrize("name", KERNELS)

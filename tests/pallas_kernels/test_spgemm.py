@@ -165,6 +165,7 @@ SHAPES = [(1, 40, 20, 0.3), (130, 200, 150, 0.01), (20, 30, 10, 1.0)]
 CASES = [(name, *shape) for name in KERNELS for shape in SHAPES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("name", "rows", "inner", "columns", "density"), CASES)
 def test_kernels_equal_the_reference(name, rows, inner, columns, density, dtype):

@@ -32,7 +32,9 @@ def test_a_run_starts_from_the_pretrained_weights_and_shares_them(tiny, tmp_path
     config["pretrained"] = {"steps": 40}
     config["optimizer"] = {"name": "sgd", "learning_rate": 0.0}
     config["pretrained"]["optimizer"] = {"name": "sgd", "learning_rate": 0.1}
-    training.run({**config, "method": {"name": "dense"}}, tmp_path / "a", progress=False, runs=tmp_path / "runs")
+    training.run(
+        {**config, "method": {"name": "dense"}}, tmp_path / "a", progress=False, runs=tmp_path / "runs"
+    )
     (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
     before = (folder / "summary.json").stat().st_mtime_ns
     pretrained = json.loads((folder / "summary.json").read_text())
@@ -60,7 +62,10 @@ def test_masks_of_the_pretrained_run_are_kept(tiny, tmp_path):
         ({"objective": {"distil": 0.5}, "pretrained": {"steps": 5}}, "did you mean 'distill'"),
         ({"objective": {"temperature": 0.0}}, "temperature must be positive, got 0.0"),
         ({"pretrained": {"stpes": 5}}, "did you mean 'steps'"),
-        ({"pretrained": {"steps": 5, "model": {"name": "mlp", "hidden": [8]}}}, "do not fit the model: dense_0"),
+        (
+            {"pretrained": {"steps": 5, "model": {"name": "mlp", "hidden": [8]}}},
+            "do not fit the model: dense_0",
+        ),
         ({"method": {"name": "fixed", "score": "pretrained"}}, "needs config.pretrained"),
         ({"parameterization": {"name": "monarhc"}}, "unknown parameterization 'monarhc'"),
     ],
@@ -77,7 +82,9 @@ def test_distillation_against_the_closed_form():
     teacher = step_lib.Teacher(Linear(), {"params": taught}, weight=0.75, temperature=2.0)
     step = step_lib.make_train_step(Linear(), tx, 2, seed=0, teacher=teacher)
     loss = step(states(tx, jax.tree.map(jnp.copy, params)), BATCH).meters["loss"]
-    student, target = (BATCH["x"] @ np.asarray(tree["Dense_0"]["kernel"], np.float64) for tree in (params, taught))
+    student, target = (
+        BATCH["x"] @ np.asarray(tree["Dense_0"]["kernel"], np.float64) for tree in (params, taught)
+    )
 
     def softmax(z):
         return np.exp(z) / np.exp(z).sum(1, keepdims=True)
@@ -144,7 +151,9 @@ def test_adapter_calls_the_model_and_passes_state_and_penalty():
     model = Parameterized(Linear(), Doubled())
     variables = model.init(jax.random.key(0), BATCH["x"])
     plain = Linear().init(jax.random.key(0), BATCH["x"])
-    np.testing.assert_allclose(model.apply(variables, BATCH["x"]), Linear().apply(plain, BATCH["x"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        model.apply(variables, BATCH["x"]), Linear().apply(plain, BATCH["x"]), rtol=1e-6
+    )
     _, updated = model.apply(
         variables, BATCH["x"], train=True, mutable=["losses"], rngs={"sample": jax.random.key(1)}
     )

@@ -145,6 +145,7 @@ def last(run):
     return final
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("method", all_of(SPARSE))
 def test_masks_on_every_pattern(method, pattern):
@@ -206,6 +207,7 @@ def check_changes(method, masks):
 
 @pytest.mark.parametrize("method", all_of(METHOD_KEYWORDS))
 class TestContract:
+    @pytest.mark.slow
     def test_jit_equals_no_jit(self, method):
         # not Adam: its first step moves all grown weights by the same amount, and the last bit would rank them
         tx = build(method, inner=optax.sgd(0.1, momentum=0.9))
