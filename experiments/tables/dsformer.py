@@ -121,4 +121,5 @@ TABLE = Table(
     claims=claims(),
     metrics=(ACCURACY, LOSS),
     quick={**QUICK, "pretrained.steps": QUICK["steps"]},
+    quick_seeds=1,
 )  # fmt: skip

@@ -61,5 +61,6 @@ TABLE = Table(
     ),
     metrics=(BITS, DAMAGE, REACHED, SECONDS),
     quick=QUICK,
+    quick_seeds=1,
     function=compression.run,
 )  # fmt: skip

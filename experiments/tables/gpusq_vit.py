@@ -75,4 +75,5 @@ TABLE = Table(
     ),
     metrics=(ACCURACY, LOSS, SPARSITY, NONZEROS),
     quick={"steps": 60, "pretrained.steps": 60},
+    quick_seeds=1,
 )  # fmt: skip

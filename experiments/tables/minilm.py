@@ -51,5 +51,6 @@ TABLE = Table(
     ),
     metrics=(ORDER, COSINE, Metric("sparsity", "sparsity reached", 100, 2, "%"), Metric("seconds", "compression", 1, 1, "s")),
     quick={"samples": 16, "held_out": 32},
+    quick_seeds=1,
     function=similarity.run,
 )  # fmt: skip

@@ -117,4 +117,5 @@ TABLE = Table(
     ),
     metrics=(LOSS, ACCURACY, Metric("nonzeros", "parameters", 1, 0)),
     quick={"steps": 40, "optimizer.warmup_steps": 10, "data.size": 100_000},
+    quick_seeds=1,
 )  # fmt: skip

@@ -74,5 +74,6 @@ TABLE = Table(
     ),
     metrics=(BITS, DAMAGE, SPEEDUP, STORED, REACHED, SECONDS),
     quick=QUICK,
+    quick_seeds=1,
     function=compression.run,
 )  # fmt: skip

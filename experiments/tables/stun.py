@@ -50,5 +50,6 @@ TABLE = Table(
     ),
     metrics=(BITS, DAMAGE, REACHED, STORED, SECONDS),
     quick={**QUICK, "decoder.model.experts": 4, "decoder.model.hidden": 32},
+    quick_seeds=1,
     function=compression.run,
 )  # fmt: skip

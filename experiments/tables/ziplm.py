@@ -40,5 +40,6 @@ TABLE = Table(
     ),
     metrics=(Metric("report_speedup", "speed-up reached", 1, 2), PREDICTED, BITS, DAMAGE, STORED, SECONDS),
     quick=QUICK,
+    quick_seeds=1,
     function=compression.run,
 )  # fmt: skip
