@@ -1,9 +1,5 @@
 """Selection and every transform give the same masks on eight (virtual) devices as on one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 SELECTION = """
@@ -75,12 +71,5 @@ print("same")
 @pytest.mark.parametrize(
     "script", [SELECTION, pytest.param(TRANSFORMS, marks=pytest.mark.slow)], ids=["selection", "transforms"]
 )
-def test_sharded_equals_unsharded(script):
-    env = os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
+def test_sharded_equals_unsharded(script, assert_prints_same):
+    assert_prints_same(script)

@@ -1,9 +1,5 @@
 """The runner gives the same masks on eight (virtual) devices as on one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 SCRIPT = """
@@ -42,12 +38,5 @@ print("same")
 
 
 @pytest.mark.slow
-def test_sharded_equals_unsharded():
-    env = os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
+def test_sharded_equals_unsharded(assert_prints_same):
+    assert_prints_same(SCRIPT)

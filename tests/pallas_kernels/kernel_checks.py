@@ -1,9 +1,6 @@
 """What the tests of kernels share: running them without their device, and lowering them for it."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -70,16 +67,3 @@ class InMemory:
 
     untyped_storage = cpu = new_empty = lambda self, *args, **kwargs: self
     storage_offset = size = stride = set_ = copy_ = lambda self, *args: None
-
-
-def assert_prints_same(program: str, devices: int = 8, **environment):
-    """Fails unless a Python program, run in a process of its own with so many CPU devices, prints "same"."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]

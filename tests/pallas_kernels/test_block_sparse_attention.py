@@ -9,7 +9,7 @@ import pytest
 from attention_checks import assert_close, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_lowers, assert_prints_same
+from kernel_checks import assert_lowers
 
 from pallas_kernels import block_sparse_attention, dispatch
 from pallas_kernels.block_sparse_attention import (
@@ -270,7 +270,7 @@ print("same")
 
 
 @pytest.mark.slow
-def test_sharded_equals_unsharded():
+def test_sharded_equals_unsharded(assert_prints_same):
     assert_prints_same(SHARDED)
 
 

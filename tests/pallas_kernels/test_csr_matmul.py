@@ -8,7 +8,7 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from kernel_checks import assert_close, assert_prints_same
+from kernel_checks import assert_close
 
 import pallas_kernels
 from pallas_kernels.csr_matmul import xla
@@ -138,7 +138,7 @@ print("same")
 """
 
 
-def test_on_a_mesh():
+def test_on_a_mesh(assert_prints_same):
     assert_prints_same(SHARDED)
 
 

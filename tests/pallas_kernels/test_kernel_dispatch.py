@@ -5,7 +5,6 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from kernel_checks import assert_prints_same
 
 from pallas_kernels import dispatch
 
@@ -132,5 +131,5 @@ SHARDED_EXPLICIT = SHARDED.replace('Mesh(np.array(jax.devices()).reshape(4, 2), 
     [SHARDED, SHARDED_EXPLICIT, SHARDED_KERNELS + ROWS_STAY],
     ids=["xla", "explicit axes", "kernels"],
 )
-def test_sharded_equals_unsharded(program):
+def test_sharded_equals_unsharded(program, assert_prints_same):
     assert_prints_same(program + "print('same')")

@@ -1,7 +1,6 @@
 """Operations and their gradients on meshes whose axes are explicit, as `jax.make_mesh` has them, and in `jax.shard_map`."""
 
 import pytest
-from kernel_checks import assert_prints_same
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np, pallas_kernels
@@ -61,5 +60,5 @@ print("same")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["shard_map", "explicit axes"])
-def test_equal_to_one_device(where):
+def test_equal_to_one_device(where, assert_prints_same):
     assert_prints_same(f"WHERE = {where!r}\n" + PROGRAM, devices=2)

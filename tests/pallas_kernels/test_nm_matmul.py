@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
-from kernel_checks import assert_close, assert_lowers, assert_prints_same, running
+from kernel_checks import assert_close, assert_lowers, running
 
 import pallas_kernels
 from pallas_kernels import dispatch
@@ -326,7 +326,7 @@ print("same")
 """
 
 
-def test_the_triton_kernel_equals_the_reference():
+def test_the_triton_kernel_equals_the_reference(assert_prints_same):
     pytest.importorskip("triton")
     assert_prints_same(TRITON, devices=1, TRITON_INTERPRET="1")  # read when Triton is imported
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_prints_same
 from test_sparse_decode_attention import make_bitmap
 
 from pallas_kernels import sparse_decode_attention as decode
@@ -58,7 +57,7 @@ print("same")
 """
 
 
-def test_bitmap_in_triton_interpreted():
+def test_bitmap_in_triton_interpreted(assert_prints_same):
     pytest.importorskip("triton")
     assert_prints_same(TRITON, devices=1, TRITON_INTERPRET="1")  # read when Triton is imported
 

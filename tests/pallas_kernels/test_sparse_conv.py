@@ -1,9 +1,6 @@
 """Sparse convolutions against lax.conv, their kernels interpreted and lowered, their gradients against autodiff."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -281,15 +278,8 @@ print("same")
 
 
 @pytest.mark.slow
-def test_sharded_equals_unsharded():
-    env = os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-3000:]
+def test_sharded_equals_unsharded(assert_prints_same):
+    assert_prints_same(SHARDED)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import scipy.special
 from attention_checks import running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_lowers, assert_prints_same
+from kernel_checks import assert_lowers
 
 from pallas_kernels import dispatch, softmax
 from pallas_kernels.softmax import pairs, pallas_gpu, pallas_tpu, xla
@@ -172,7 +172,7 @@ print("same")
 
 
 @pytest.mark.slow
-def test_sharded_equals_unsharded():
+def test_sharded_equals_unsharded(assert_prints_same):
     assert_prints_same(SHARDED)
 
 
